@@ -1,0 +1,416 @@
+"""All pages of one model: opens Sequences, finds known prefixes, evicts, keeps the books. The only owner of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvik import events
+from kvik.cache.arena import Arena, Pages
+from kvik.cache.limits import memory_available, memory_total
+from kvik.cache.prefix import Block, PrefixIndex, root_key
+from kvik.cache.sequence import Sequence, Table
+from kvik.cache.spec import TABLE_BYTES, Bytes, Group, Spec
+from kvik.cache.step import Part, Step
+from kvik.errors import BudgetError, SequenceError, UsageError
+from kvik.ops.codecs import decode, unrotated
+
+
+@dataclass(frozen=True)
+class Books:
+    """Pages of all sizes: free + in use + kept for reuse = all."""
+
+    free: int
+    in_use: int
+    kept: int
+
+    @property
+    def all(self) -> int:
+        """Pages of every slab that is held."""
+        return self.free + self.in_use + self.kept
+
+
+class Cache:
+    """Keeps rows under a byte budget.
+
+    >>> from kvik.cache.spec import LayerShape
+    >>> layers = [LayerShape(heads=1, streams=(("k", 4), ("v", 4)))]
+    >>> cache = Cache(Spec.parse("f32", layers), memory=1 << 20)
+    >>> rows = torch.ones(2, 1, 4)
+    >>> with cache.open() as sequence:
+    ...     with sequence.append([7, 8]) as step:
+    ...         step.append(0, k=rows, v=rows)
+    ...         out = step.attend(0, rows, scale=0.5).out
+    ...     len(sequence), out.shape, sequence.nbytes.payload
+    (2, torch.Size([2, 1, 4]), 64)
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        memory: int | None = None,
+        weights: str = "",
+        shares: bool = True,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """
+        Args:
+            spec: what is kept.
+            memory: budget in bytes, never exceeded; None = half of what the machine and its container leave.
+            weights: names the weights as they are held, for the keys of what is shared.
+            shares: whether full pages are published, to be found by later sequences.
+            device: where the rows lie.
+
+        Raises:
+            BudgetError: more than the machine, or the limit of its container, has.
+        """
+        self.spec = spec
+        self.device = torch.device(device)
+        self.shares = shares
+        available = memory_available() if self.device.type == "cpu" else _device_memory(self.device)
+        budget = available // 2 if memory is None else memory
+        self._check_budget(budget, available)
+        largest = max((group.page_bytes for group in spec.groups), default=1)
+        capacity = memory_total() if self.device.type == "cpu" else budget
+        self.arena = Arena(budget, capacity, largest, self.device)
+        self.index = PrefixIndex(spec)
+        self.parts = _parts(spec)
+        self.active: Step | None = None
+        self._weights = weights
+        self._open: dict[int, Sequence] = {}
+        self._opened = 0
+        self._listeners: list[Callable[[events.Event], None]] = []
+
+    def open(self, tokens: Seq[int] = (), salt: str = "") -> Sequence:
+        """A new Sequence that starts with whatever is known of `tokens`; append the rest, from `len(sequence)` on.
+
+        At most `len(tokens) - 1` are taken as known: the last is always computed, for its logits.
+
+        Args:
+            tokens: what is going to be appended.
+            salt: only sequences opened with the same salt share rows.
+        """
+        root = root_key(self._weights, self.spec, salt)
+        chain = self.index.find(root, list(tokens[:-1])) if self.shares else []
+        sequence = Sequence(self, self._opened, root, chain)
+        self._opened += 1
+        for index, table in enumerate(sequence.tables):
+            live = table.group.retention.live_pages(len(sequence), self.spec.page_size)
+            found = [chain[page].pages[index] for page in live]
+            for page, pages in zip(live, found, strict=True):
+                assert pages is not None, "the index gives complete chains"
+                table.extend(pages[:, None], range(page, page + 1))
+                self.arena.retain(table.group.page_bytes, pages)
+        tables = sum(table.nbytes for table in sequence.tables)
+        self.arena.tables += tables
+        self._open[sequence.number] = sequence
+        if not self.arena.fits({}):
+            try:
+                self._make_room({}, 0)
+            except BudgetError:
+                sequence.close()
+                raise
+        sequence._floor = len(sequence) if self._hides(len(sequence)) else 0
+        self.emit(events.Opened(sequence.number, len(tokens), sequence.cached))
+        return sequence
+
+    def step(self, chunks: Seq[tuple[Sequence, Seq[int]]]) -> Step:
+        """One chunk of tokens for each of some sequences, to be taken through all layers: a context manager.
+
+        Raises, when entered:
+            BudgetError: the new pages don't fit, even after every unreferenced block was dropped; nothing changed.
+            SequenceError: a sequence is closed, in another step, of another cache, or twice in this one.
+        """
+        for sequence, _ in chunks:
+            if sequence.cache is not self:
+                raise SequenceError("the sequence belongs to another cache; open one here")
+        return Step(self, chunks)
+
+    def resize(self, memory: int) -> None:
+        """Sets the budget, at run time. Shrinking drops unreferenced blocks, moves pages together and gives memory back.
+
+        Raises:
+            BudgetError: the machine does not have that much, or open sequences hold more; the budget stays as it was.
+        """
+        if self.active is not None:
+            raise SequenceError("the cache is in the middle of a step; resize between steps")
+        available = memory_available() + self.arena.held if self.device.type == "cpu" else self.arena.capacity
+        self._check_budget(memory, available)
+        if self.arena.held > memory:
+            self._defragment()
+        while self.arena.held > memory:
+            if not self._evict():
+                held = self.arena.held
+                raise BudgetError(
+                    f"the cache can't shrink to {memory:,} bytes: open sequences hold {held:,}; close some, or shrink less",
+                    needed=held, available=memory,
+                )  # fmt: skip
+            self._defragment()
+        self.arena.budget = memory
+        self.emit(events.Resized(memory))
+
+    @property
+    def budget(self) -> int:
+        """Bytes that may be held at once."""
+        return self.arena.budget
+
+    @property
+    def nbytes(self) -> Bytes:
+        """Bytes held, each page once: rows that some sequence or block keeps, and everything else."""
+        bits = {size: np.zeros(self.arena.touched(size), np.int64) for size in self.arena.classes}
+        for table, rows in self._holdings():
+            per_column = rows * table.group.layout.payload_bits
+            np.maximum.at(bits[table.group.page_bytes], table.pages, np.broadcast_to(per_column, table.pages.shape))
+        payload = sum(int(each.sum()) for each in bits.values()) // 8
+        return Bytes(payload, self.arena.held - payload)
+
+    @property
+    def books(self) -> Books:
+        """Pages by state."""
+        free = sum(owner.free_pages for owner in self.arena.classes.values())
+        used = {size: np.zeros(self.arena.touched(size), bool) for size in self.arena.classes}
+        for sequence in self._open.values():
+            for table in sequence.tables:
+                used[table.group.page_bytes][table.pages] = True
+        in_use = sum(int(mask.sum()) for mask in used.values())
+        held = sum(self._held(size) for size in self.arena.classes)
+        return Books(free, in_use, held - in_use)
+
+    def check(self) -> None:
+        """Conservation (law 5): every page is free or held exactly as often as tables and blocks say.
+
+        Raises:
+            AssertionError: names what does not add up. It would be a bug of kvik.
+        """
+        refs = {size: np.zeros(self.arena.touched(size), np.int32) for size in self.arena.classes}
+        for table, _ in self._holdings():
+            np.add.at(refs[table.group.page_bytes], table.pages.reshape(-1), 1)
+        slabs = 0
+        for size, owner in self.arena.classes.items():
+            assert (refs[size] == owner.refs[: len(refs[size])]).all(), f"references to pages of {size} B do not add up"
+            free = [page for pages in owner.free.values() for page in pages]
+            assert len(set(free)) == len(free) and not owner.refs[free].any(), f"a free page of {size} B is held"
+            held = np.flatnonzero(refs[size])
+            used = set((held * size // self.arena.slab_bytes).tolist()) | set(owner.free)
+            slabs += len(used)
+            assert len(free) + len(held) == sum(len(owner.of_slab(s)) for s in used), f"pages of {size} B are lost"
+        assert slabs == self.arena.slabs_used, "slabs do not add up"
+        tables = sum(t.nbytes for s in self._open.values() for t in s.tables)
+        assert tables == self.arena.tables, "table bytes do not add up"
+        assert self.arena.held <= self.arena.budget, "the budget is exceeded"
+
+    def listen(self, listener: Callable[[events.Event], None]) -> None:
+        """Calls `listener` with every event from now on, in the thread that caused it."""
+        self._listeners.append(listener)
+
+    def pages(self, group: Group) -> Tensor:
+        """The view that a group's page numbers index: uint8 [pages, page bytes]."""
+        return self.arena.page_class(group.page_bytes).view
+
+    # What Sequence and Step ask for. Every change to a table's columns goes through `reserve`, `release` or `fork`.
+
+    def reserve(self, step: Step) -> list[list[int]]:
+        """Pages for a step's rows, all or none. Returns how many columns each table had before."""
+        if self.active is not None:
+            raise SequenceError("another step is open on this cache; steps follow one another")
+        size = self.spec.page_size
+        plan: list[tuple[Table, range, bool]] = []
+        wanted: dict[int, int] = {}
+        tables = 0
+        for sequence, chunk in zip(step.sequences, step.chunks, strict=True):
+            start, stop = len(sequence), len(sequence) + len(chunk)
+            for table in sequence.tables:
+                fresh = range(-(-start // size), -(-stop // size))
+                refs = self.arena.page_class(table.group.page_bytes).refs
+                shared = start % size != 0 and bool((refs[table.pages[:, -1]] > 1).any())
+                plan.append((table, fresh, shared))
+                count = len(table.group.lanes) * (len(fresh) + shared)
+                wanted[table.group.page_bytes] = wanted.get(table.group.page_bytes, 0) + count
+                tables += (len(table.group.lanes) + 1) * len(fresh) * TABLE_BYTES
+        self._make_room(wanted, tables)
+        before = [[len(table.logical) for table in sequence.tables] for sequence in step.sequences]
+        for table, fresh, shared in plan:
+            lanes, page_bytes = len(table.group.lanes), table.group.page_bytes
+            if shared:
+                self._unshare(table)
+            if fresh:
+                pages = self.arena.take(page_bytes, lanes * len(fresh)).reshape(lanes, len(fresh))
+                self.arena.tables -= table.nbytes
+                table.extend(pages, fresh)
+                self.arena.tables += table.nbytes
+        self.active = step
+        return before
+
+    def release(self, table: Table, keep: NDArray[np.bool_]) -> None:
+        """Gives back the columns that are not in `keep`."""
+        self.arena.tables -= table.nbytes
+        gone = table.keep(keep)
+        self.arena.tables += table.nbytes
+        if gone.size:
+            self.arena.release(table.group.page_bytes, gone)
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """See `Sequence.fork`."""
+        self._make_room({}, sum(table.nbytes for table in sequence.tables))
+        twin = Sequence(self, self._opened, sequence._root, [])
+        self._opened += 1
+        twin.tokens, twin.cached = list(sequence.tokens), sequence.cached
+        twin._keys, twin._settled, twin._floor = list(sequence._keys), sequence._settled, sequence._floor
+        twin.tables = [table.copy() for table in sequence.tables]
+        for table in twin.tables:
+            self.arena.retain(table.group.page_bytes, table.pages.astype(np.int64))
+            self.arena.tables += table.nbytes
+        self._open[twin.number] = twin
+        return twin
+
+    def read(self, sequence: Sequence, layer: int) -> dict[str, Tensor]:
+        """See `Sequence.read`."""
+        size, out = self.spec.page_size, {}
+        heads = sum(part.lanes.stop - part.lanes.start for part in self.parts[layer])
+        for part in self.parts[layer]:
+            table = sequence.tables[part.group]
+            positions = (table.logical[:, None].astype(np.int64) * size + np.arange(size)).reshape(-1)
+            within = torch.from_numpy(positions < len(sequence))
+            index = torch.from_numpy(table.pages[part.lanes].astype(np.int64)).to(self.device)
+            layout = table.group.layout
+            rows = self.pages(table.group)[index].view(len(index), -1, layout.row_bytes)[:, within]
+            out["positions"] = torch.from_numpy(positions)[within]
+            for stream in layout.streams:
+                values = unrotated(layout, stream.name, decode(layout, stream.name, rows))
+                if part.heads is None:
+                    out[stream.name] = values
+                else:
+                    out.setdefault(stream.name, values.new_zeros(heads, *values.shape[1:]))[list(part.heads)] = values
+        return out
+
+    def publish(self, sequence: Sequence, block: Block, page: int) -> None:
+        """Lets others find a full page of each group, unless they can already."""
+        if block.key in self.index:
+            return
+        for table in sequence.tables:
+            column = np.flatnonzero(table.logical == page)
+            pages = table.pages[:, column[0]].astype(np.int64) if len(column) else None
+            block.pages.append(pages)
+            if pages is not None:
+                self.arena.retain(table.group.page_bytes, pages)
+        self.index.add(block)
+        self.emit(events.Published(sequence.number, block.start, block.start + len(block.tokens)))
+
+    def touch(self, keys: list[bytes]) -> None:
+        """Marks blocks as used just now."""
+        self.index.touch(keys)
+
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence was closed."""
+        self._open.pop(sequence.number, None)
+
+    def emit(self, event: events.Event) -> None:
+        """Tells the listeners."""
+        for listener in self._listeners:
+            listener(event)
+
+    def _hides(self, tokens: int) -> bool:
+        size = self.spec.page_size
+        return any(len(g.retention.live_pages(tokens, size)) < -(-tokens // size) for g in self.spec.groups)
+
+    def _check_budget(self, budget: int, available: int) -> None:
+        if budget < 0:
+            raise UsageError(f"a cache of {budget} bytes: give a positive number")
+        if budget > available:
+            raise BudgetError(
+                f"a cache of {budget:,} bytes is more than the {available:,} that this machine has left; ask for less",
+                needed=budget, available=available,
+            )  # fmt: skip
+
+    def _make_room(self, wanted: dict[int, int], tables: int) -> None:
+        """Evicts unreferenced blocks until the pages fit."""
+        while not self.arena.fits(wanted, tables):
+            if not self._evict():
+                cost, left = self.arena.cost(wanted, tables), max(self.budget - self.arena.held, 0)
+                raise BudgetError(
+                    f"the cache needs {cost:,} more bytes and its budget of {self.budget:,} has {left:,} left; "
+                    "raise the budget, close sequences, or choose a smaller spec",
+                    needed=cost, available=left,
+                )  # fmt: skip
+
+    def _evict(self) -> bool:
+        """Drops the least recently used block that nobody uses and nothing stands on; False if there is none."""
+        for block in self.index:
+            held = [(g.page_bytes, p) for g, p in zip(self.spec.groups, block.pages, strict=True) if p is not None]
+            if block.children <= 0 and all((self.arena.classes[size].refs[pages] == 1).all() for size, pages in held):
+                self.index.remove(block)
+                for size, pages in held:
+                    self.arena.release(size, pages)
+                count = sum(pages.size for _, pages in held)
+                self.emit(events.Evicted(block.start, block.start + len(block.tokens), count))
+                return True
+        return False
+
+    def _unshare(self, table: Table) -> None:
+        """Copies the last column's pages, verbatim, before they are written to: others hold them too."""
+        old = table.pages[:, -1].astype(np.int64)
+        new = self.arena.take(table.group.page_bytes, len(old))
+        view = self.pages(table.group)
+        index = torch.from_numpy(np.stack((old, new))).to(self.device)
+        view[index[1]] = view[index[0]]
+        table.pages[:, -1] = new
+        self.arena.release(table.group.page_bytes, old)
+
+    def _defragment(self) -> None:
+        """Empties slabs by moving pages together, and rewrites every table."""
+        for page_bytes in self.arena.classes:
+            moved = self.arena.defragment(page_bytes)
+            if moved is None:
+                continue
+            for sequence in self._open.values():
+                for table in sequence.tables:
+                    if table.group.page_bytes == page_bytes:
+                        table.pages = moved[table.pages].astype(np.int32)
+            for block in self.index:
+                for index, (group, pages) in enumerate(zip(self.spec.groups, block.pages, strict=True)):
+                    if group.page_bytes == page_bytes and pages is not None:
+                        block.pages[index] = moved[pages]
+
+    def _held(self, page_bytes: int) -> int:
+        """Pages of this size that somebody holds."""
+        return int(np.count_nonzero(self.arena.classes[page_bytes].refs[: self.arena.touched(page_bytes)]))
+
+    def _holdings(self) -> list[tuple[Table, NDArray[np.int64]]]:
+        """Every table, and every block's pages as a one-column table, with the rows kept in each column."""
+        out = [(t, t.rows_kept(len(s))) for s in self._open.values() for t in s.tables]
+        for block in self.index:
+            for group, pages in zip(self.spec.groups, block.pages, strict=True):
+                if pages is not None:
+                    table = Table(group, pages[:, None].astype(np.int32), np.zeros(1, np.int32))
+                    out.append((table, np.array([self.spec.page_size])))
+        return out
+
+
+def _parts(spec: Spec) -> list[list[Part]]:
+    """For each layer, where its lanes lie."""
+    found: dict[int, list[tuple[int, slice, tuple[int, ...]]]] = {}
+    for index, group in enumerate(spec.groups):
+        layers = np.array([layer for layer, _ in group.lanes])
+        for layer in dict.fromkeys(layers.tolist()):
+            lanes = np.flatnonzero(layers == layer)
+            where = slice(int(lanes[0]), int(lanes[-1]) + 1)
+            found.setdefault(layer, []).append((index, where, tuple(group.lanes[i][1] for i in lanes)))
+    out: list[list[Part]] = [[] for _ in range(max(found, default=-1) + 1)]
+    for layer, parts in found.items():
+        out[layer] = [Part(index, where, heads if len(parts) > 1 else None) for index, where, heads in parts]
+    return out
+
+
+def _device_memory(device: torch.device) -> int:
+    """Bytes free on an accelerator."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else memory_available()
+
+
+__all__ = ["Books", "Cache", "Pages"]

@@ -1,0 +1,114 @@
+"""Finding what is already known: blocks of full pages under chained keys.
+
+    key(block i) = SHA-256( key(block i-1), its tokens )          key(root) = SHA-256( weights, spec, salt )
+
+Every part is tagged and length-prefixed, so that no two different lists of parts give the same bytes. A hit also
+compares the tokens themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from kvik.cache.arena import Pages
+from kvik.cache.spec import Spec
+
+
+def digest(**parts: bytes) -> bytes:
+    """SHA-256 over tagged, length-prefixed parts."""
+    sha = hashlib.sha256()
+    for tag, part in parts.items():
+        sha.update(f"{tag}:{len(part)}:".encode())
+        sha.update(part)
+    return sha.digest()
+
+
+def root_key(weights: str, spec: Spec, salt: str) -> bytes:
+    """The parent of every first block. No block under another root can be found.
+
+    Args:
+        weights: names the weights, as they are held.
+        spec: names what is stored, and its layout.
+        salt: tenant, adapter content, encoder input: whatever else the rows depend on or must not be shared across.
+    """
+    return digest(kvik=b"block-1", weights=weights.encode(), spec=spec.fingerprint.encode(), salt=salt.encode())
+
+
+def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of the block that holds `tokens` after `parent`."""
+    return digest(parent=parent, tokens=array("q", tokens).tobytes())
+
+
+@dataclass
+class Block:
+    """One run of N tokens: for each group its pages, one a lane; None where they were dropped before it was published."""
+
+    key: bytes
+    parent: bytes
+    start: int
+    tokens: tuple[int, ...]
+    pages: list[Pages | None]
+    children: int = field(default=0)
+
+
+class PrefixIndex:
+    """Blocks by key, least recently used first. Holds references, knows no bytes."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        """All blocks, the least recently used first."""
+        return iter(list(self._blocks.values()))
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._blocks
+
+    def find(self, root: bytes, tokens: Sequence[int]) -> list[Block]:
+        """The longest chain that gives every group all rows that its mask can see from the chain's end."""
+        size, chain, key = self.spec.page_size, [], root
+        for start in range(0, len(tokens) - size + 1, size):
+            run = tuple(tokens[start : start + size])
+            key = block_key(key, run)
+            block = self._blocks.get(key)
+            if block is None or block.tokens != run:
+                break
+            chain.append(block)
+        while chain and not self._complete(chain):
+            chain.pop()
+        self.touch([block.key for block in chain])
+        return chain
+
+    def _complete(self, chain: list[Block]) -> bool:
+        length, size = len(chain) * self.spec.page_size, self.spec.page_size
+        return all(
+            chain[page].pages[index] is not None
+            for index, group in enumerate(self.spec.groups)
+            for page in group.retention.live_pages(length, size)
+        )
+
+    def add(self, block: Block) -> None:
+        """Takes a block in; the caller has retained its pages."""
+        self._blocks[block.key] = block
+        if block.parent in self._blocks:
+            self._blocks[block.parent].children += 1
+
+    def remove(self, block: Block) -> None:
+        """Forgets a block; the caller releases its pages."""
+        del self._blocks[block.key]
+        if block.parent in self._blocks:
+            self._blocks[block.parent].children -= 1
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Marks a chain as used just now, its end first, so that ends leave before what they stand on."""
+        for key in reversed(keys):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)

@@ -1,0 +1,62 @@
+"""Which rows stay. A retention is a value; so far the two masks of the field and their sum.
+
+A *mask* hides rows from every later query by position alone, so that dropping them changes no result. Three runs:
+
+    position   0 … s-1 | s … n-w-1 | n-w … n-1
+               sinks   | dropped   | window         the next query, at n, sees the sinks and the w rows before it,
+                                                    itself included: k ≤ q and (q - k < w or k < s)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Full attention (`window=None`), a sliding window, or attention sinks and a window, at true positions.
+
+    Sinks: StreamingLLM, arXiv:2309.17453 (there with cache-relative positions; here rows keep their own).
+
+    Attributes:
+        window: positions that a query sees, its own included; None = all.
+        sinks: first positions that stay visible for good.
+    """
+
+    window: int | None = None
+    sinks: int = 0
+
+    def rows(self, tokens: int) -> int:
+        """Rows kept of a text of `tokens` tokens."""
+        return tokens if self.window is None else min(tokens, self.window + self.sinks)
+
+    def visible(self, asking: Positions, held: Positions) -> NDArray[np.bool_]:
+        """The mask, made of positions alone: which held rows each asking query sees; the two broadcast."""
+        back = asking - held
+        seen = back >= 0
+        if self.window is not None:
+            seen &= (back < self.window) | (held < self.sinks)
+        return np.asarray(seen)
+
+    def live_pages(self, tokens: int, page_size: int) -> list[int]:
+        """Which pages (page p holds positions p·N … p·N+N-1) hold a kept row, in order. Rows leave by whole pages:
+        moving them would move the tiles that attention is cut into, and the cut would show (law 1).
+
+        >>> Retention(window=64, sinks=4).live_pages(200, 32)
+        [0, 4, 5, 6]
+        """
+        end = -(-tokens // page_size)
+        if self.window is None or tokens <= self.window + self.sinks:
+            return list(range(end))
+        first = (tokens - self.window) // page_size
+        sinks = min(-(-self.sinks // page_size), first)
+        return [*range(sinks), *range(first, end)]
+
+    def __str__(self) -> str:
+        parts = [f"window:{self.window}"] if self.window is not None else []
+        return ",".join([*parts, *([f"sinks:{self.sinks}"] if self.sinks else [])]) or "full"

@@ -1,0 +1,301 @@
+"""What is kept, as frozen data that adds up its own bytes before anything is allocated.
+
+A spec string is rules divided by `;`. The first is for every lane; later ones change some layers, or some of their heads:
+
+    int8                                      every row in 8 bits
+    k8v4                                      keys in 8 bits, values in 4
+    k:int8,v:bf16                             the same, written out: any codec for either
+    int4+window:1024,sinks:4                  4 bits; the first 4 rows and the last 1024 stay
+    int4; layers 0-1: bf16                    the first two layers in bf16
+    bf16; layers 2,5 heads 0-1: int8; page 64 pages of 64 rows
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from kvik.cache.retention import Retention
+from kvik.errors import SpecError
+from kvik.ops.layout import CODECS, Codec, RowLayout, Stream, nearest_codec
+
+PAGE_SIZE = 32
+TABLE_BYTES = 4  # a page table's entry
+_SHORT = {"32": "f32", "16": "bf16", "8": "int8", "4": "int4"}
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Three figures whose sum is exact.
+
+    Attributes:
+        payload: codes of the kept rows, by the formula Σ lanes · rows · widths · bits / 8.
+        overhead: scales, page tables (they hold the positions), open slots, rounding to pages and slabs.
+        allocated: payload + overhead.
+    """
+
+    payload: int
+    overhead: int
+
+    @property
+    def allocated(self) -> int:
+        """What is really held: payload + overhead."""
+        return self.payload + self.overhead
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.payload + other.payload, self.overhead + other.overhead)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer keeps of a token.
+
+    Attributes:
+        heads: KV heads (lanes).
+        streams: names and widths, (("k", 64), ("v", 64)) for ordinary attention.
+        window: the model's own sliding window in positions, None = all.
+    """
+
+    heads: int
+    streams: tuple[tuple[str, int], ...]
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """The lanes that share streams, codecs and retention.
+
+    Attributes:
+        lanes: (layer, head) pairs, in order.
+        layout: streams, codecs and their place in a row.
+        retention: which rows stay.
+        page_size: rows a page (N).
+    """
+
+    lanes: tuple[tuple[int, int], ...]
+    layout: RowLayout
+    retention: Retention
+    page_size: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page of one lane."""
+        return self.page_size * self.layout.row_bytes
+
+    def pages(self, tokens: int) -> int:
+        """Pages that all lanes hold for a text of `tokens` tokens, once settled."""
+        return len(self.lanes) * len(self.retention.live_pages(tokens, self.page_size))
+
+    def nbytes(self, tokens: int) -> Bytes:
+        """Bytes of one sequence of `tokens` tokens, once settled: pages, and the table that finds them."""
+        payload = len(self.lanes) * self.retention.rows(tokens) * self.layout.payload_bits // 8
+        columns = self.pages(tokens) // len(self.lanes)
+        held = columns * len(self.lanes) * self.page_bytes + (len(self.lanes) + 1) * columns * TABLE_BYTES
+        return Bytes(payload, held - payload)
+
+    def __str__(self) -> str:
+        streams = ", ".join(f"{s.name}[{s.width}] {s.codec.name}" for s in self.layout.streams)
+        return f"{len(self.lanes)} lanes: {streams}; {self.retention}; {self.page_bytes} B a page of {self.page_size}"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a cache keeps of every token: groups of lanes, and how each is stored.
+
+    `Spec.parse("k8v4", layers)` makes one; `str(spec)` gives the string back.
+    """
+
+    text: str
+    groups: tuple[Group, ...]
+    page_size: int
+
+    @classmethod
+    def parse(cls, text: str, layers: Sequence[LayerShape], page_size: int = PAGE_SIZE) -> Spec:
+        """Reads a spec string for a model whose layers keep `layers`.
+
+        Raises:
+            SpecError: names the part that is wrong and what would be right there.
+        """
+        rules, page_size = parse_rules(text, page_size)
+        for rule in rules:
+            rule.check(layers)
+        members: dict[tuple[RowLayout, Retention], list[tuple[int, int]]] = {}
+        for layer, shape in enumerate(layers):
+            for head in range(shape.heads):
+                rule = next(r for r in reversed(rules) if r.covers(layer, head))
+                members.setdefault((rule.layout(shape), rule.retained(shape)), []).append((layer, head))
+        groups = tuple(Group(tuple(lanes), *key, page_size) for key, lanes in members.items())
+        printed = "; ".join([str(r) for r in rules] + ([f"page {page_size}"] if page_size != PAGE_SIZE else []))
+        return cls(printed, groups, page_size)
+
+    def nbytes(self, tokens: int, batch: int = 1) -> Bytes:
+        """Bytes of `batch` sequences of `tokens` tokens each, once settled."""
+        each = sum((group.nbytes(tokens) for group in self.groups), Bytes(0, 0))
+        return Bytes(batch * each.payload, batch * each.overhead)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 over everything that gives stored bytes their meaning: lanes, streams, codecs, retention, pages."""
+        return hashlib.sha256(repr((self.groups, self.page_size)).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One part of a spec string: which lanes, which codecs, which retention."""
+
+    codecs: tuple[tuple[str, Codec], ...]
+    retention: Retention
+    layers: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+
+    def covers(self, layer: int, head: int) -> bool:
+        """Whether the rule speaks of this lane."""
+        return (self.layers is None or layer in self.layers) and (self.heads is None or head in self.heads)
+
+    def check(self, layers: Sequence[LayerShape]) -> None:
+        """Raises SpecError where the rule names a layer, head or stream that the model doesn't have."""
+        for layer in self.layers or ():
+            if layer >= len(layers):
+                raise SpecError(f"spec names layer {layer}, but the model has layers 0-{len(layers) - 1}")
+            for head in self.heads or ():
+                if head >= layers[layer].heads:
+                    known = layers[layer].heads - 1
+                    raise SpecError(f"spec names head {head} of layer {layer}, but its KV heads are 0-{known}")
+
+    def layout(self, shape: LayerShape) -> RowLayout:
+        """The row that this rule makes of a layer's streams."""
+        named = dict(self.codecs)
+        streams = []
+        for name, width in shape.streams:
+            codec = named.get("", named.get(name))
+            if codec is None:
+                have = " and ".join(n for n, _ in shape.streams)
+                raise SpecError(f"spec gives codecs for {' and '.join(named)}, but this model keeps {have}: use one codec")
+            streams.append(Stream(name, width, codec))
+        return RowLayout(tuple(streams))
+
+    def retained(self, shape: LayerShape) -> Retention:
+        """The rule's retention under the model's own window: the narrower window holds, sinks asked for stay."""
+        windows = [w for w in (shape.window, self.retention.window) if w is not None]
+        return Retention(min(windows, default=None), self.retention.sinks)
+
+    def __str__(self) -> str:
+        where = "" if self.layers is None else f"layers {_ranges(self.layers)}"
+        where += "" if self.heads is None else f" heads {_ranges(self.heads)}"
+        codec = _codecs_text(self.codecs)
+        kept = "" if self.retention == Retention() else f"+{self.retention}"
+        return f"{where}: {codec}{kept}" if where else f"{codec}{kept}"
+
+
+def parse_rules(text: str, page_size: int = PAGE_SIZE) -> tuple[list[Rule], int]:
+    """Reads a spec string without a model: (rules, page size).
+
+    Raises:
+        SpecError: names the part that is wrong and what would be right there.
+    """
+    rules: list[Rule] = []
+    for part in (p.strip() for p in text.split(";")):
+        if match := re.fullmatch(r"page\s+(\S+)", part):
+            page_size = _page_size(match[1], text)
+        elif not rules:
+            if ":" in part.split("+")[0] and part.startswith("layers"):
+                raise SpecError(f"spec {text!r}: the first rule is for every layer, such as 'int8; {part}'")
+            rules.append(_rule(part, text))
+        else:
+            rules.append(_selected(part, text))
+    return rules, page_size
+
+
+def _selected(part: str, text: str) -> Rule:
+    match = re.fullmatch(r"layers?\s+([\d,\s-]+?)(?:\s+heads?\s+([\d,\s-]+?))?\s*:\s*(.+)", part)
+    if match is None:
+        raise SpecError(f"spec {text!r}: {part!r} is no rule; write 'layers 0-1: bf16', 'layers 2 heads 0: int8' or 'page 64'")
+    base = _rule(match[3], text)
+    heads = None if match[2] is None else tuple(_numbers(match[2], text))
+    return Rule(base.codecs, base.retention, tuple(_numbers(match[1], text)), heads)
+
+
+def _rule(part: str, text: str) -> Rule:
+    codec, plus, kept = part.partition("+")
+    return Rule(_codecs(codec.strip(), text), _retention(kept, text) if plus else Retention())
+
+
+def _codecs(part: str, text: str) -> tuple[tuple[str, Codec], ...]:
+    if match := re.fullmatch(r"k(\d+)v(\d+)", part):
+        for bits in match.groups():
+            if bits not in _SHORT:
+                raise SpecError(f"spec {text!r}: {part!r} has {bits} bits; k and v take {', '.join(_SHORT)}, as in 'k8v4'")
+        return _merged(("k", CODECS[_SHORT[match[1]]]), ("v", CODECS[_SHORT[match[2]]]))
+    if ":" in part:
+        pairs = [tuple(item.strip().split(":", 1)) for item in part.split(",")]
+        if any(len(pair) != 2 for pair in pairs) or len({name for name, *_ in pairs}) < len(pairs):
+            raise SpecError(f"spec {text!r}: {part!r} names streams wrongly; write 'k:int8,v:int4'")
+        return _merged(*((name, _codec(codec, text)) for name, codec in pairs))
+    return (("", _codec(part, text)),)
+
+
+def _codec(name: str, text: str) -> Codec:
+    if name not in CODECS:
+        hint = "k8v4" if name.startswith("k") else nearest_codec(name)
+        raise SpecError(f"spec {text!r}: {name!r} is no codec; use {', '.join(CODECS)} or a pair like k8v4 (did you mean {hint!r}?)")
+    return CODECS[name]
+
+
+def _retention(part: str, text: str) -> Retention:
+    values: dict[str, int] = {}
+    if part.strip() == "full":
+        return Retention()
+    for item in part.split(","):
+        name, _, number = (piece.strip() for piece in item.partition(":"))
+        if name not in ("window", "sinks"):
+            raise SpecError(f"spec {text!r}: {item.strip()!r} is no retention; use 'full', 'window:1024' or 'window:1024,sinks:4'")
+        if not number.isdecimal() or len(number) > 9 or (name == "window" and int(number) < 1) or name in values:
+            raise SpecError(f"spec {text!r}: {item.strip()!r} needs one whole number of rows, as in '{name}:{dict(window=1024, sinks=4)[name]}'")
+        values[name] = int(number)
+    if "window" not in values:
+        raise SpecError(f"spec {text!r}: sinks alone keep almost nothing; add a window, as in 'window:1024,sinks:{values['sinks']}'")
+    return Retention(values["window"], values.get("sinks", 0))
+
+
+def _page_size(number: str, text: str) -> int:
+    if number not in ("16", "32", "64", "128"):
+        raise SpecError(f"spec {text!r}: a page of {number!r} rows; use 16, 32, 64 or 128")
+    return int(number)
+
+
+def _numbers(part: str, text: str) -> Iterator[int]:
+    for item in part.split(","):
+        match = re.fullmatch(r"\s*(\d{1,5})(?:\s*-\s*(\d{1,5}))?\s*", item)
+        if match is None or (match[2] is not None and int(match[2]) < int(match[1])):
+            raise SpecError(f"spec {text!r}: {item.strip()!r} is no layer or range; write '0-1' or '0,5'")
+        yield from range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
+def _merged(*pairs: tuple[str, Codec]) -> tuple[tuple[str, Codec], ...]:
+    codecs = {codec for _, codec in pairs}
+    return (("", pairs[0][1]),) if len(codecs) == 1 and {name for name, _ in pairs} == {"k", "v"} else pairs
+
+
+def _codecs_text(codecs: tuple[tuple[str, Codec], ...]) -> str:
+    if codecs[0][0] == "":
+        return codecs[0][1].name
+    short = {name: bits for bits, name in _SHORT.items()}
+    if [n for n, _ in codecs] == ["k", "v"] and all(c.name in short for _, c in codecs):
+        return "".join(f"{name}{short[codec.name]}" for name, codec in codecs)
+    return ",".join(f"{name}:{codec.name}" for name, codec in codecs)
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)

@@ -1,0 +1,243 @@
+"""One chunk of many sequences, through all layers: where rows are written and what each query reads, worked out once.
+
+    with cache.step([(a, [5, 9]), (b, [7])]) as step:      # pages are reserved, or BudgetError and nothing changed
+        for layer in ...:
+            step.append(layer, k=k, v=v)                    # T = 3 rows: a's two, then b's one
+            out = step.attend(layer, q, scale=...)
+                                                            # left normally: the tokens are part of a and b
+                                                            # left by an error: as if it had never been
+
+Worked example, page size N = 32, TILE = 64: a has 70 tokens and appends 2, its window of 20 has dropped page 0.
+    columns      logical [1, 2]            pages 1 (positions 32-63) and 2 (64-95)
+    slots        page(2)·32 + [6, 7]       rows 70 and 71
+    tiles read   0 and 1                   positions 0-63 and 64-127; of tile 0 page 0 is a hole: not visible
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvik.cache.sequence import Sequence, Table
+from kvik.cache.spec import Group
+from kvik.errors import SequenceError
+from kvik.ops import reference
+from kvik.ops.reference import QUERY_BLOCK, TILE, Partial, Reads
+
+if TYPE_CHECKING:
+    from kvik.cache.cache import Cache
+
+_NOWHERE = 1 << 60  # the position of a slot that holds nothing: after every query
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer's lanes that lie in one group. `heads` is None where they are all of the layer's, in order."""
+
+    group: int
+    lanes: slice
+    heads: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Item:
+    """A block of one sequence's queries: positions start … stop - 1, tokens first … of the step."""
+
+    member: int
+    first: int
+    start: int
+    stop: int
+    tiles: tuple[int, ...]
+
+
+class Step:
+    """See the module's docstring. Made by `Cache.step`; good for one pass through the layers."""
+
+    def __init__(self, cache: Cache, chunks: Seq[tuple[Sequence, Seq[int]]]) -> None:
+        self.cache = cache
+        self.sequences = [sequence for sequence, _ in chunks]
+        self.chunks = [list(map(int, tokens)) for _, tokens in chunks]
+        self.starts = [len(sequence) for sequence in self.sequences]
+        self._columns: list[list[int]] = []
+        self._done: set[int] = set()
+        self._check()
+
+    @property
+    def tokens(self) -> list[int]:
+        """All new token ids, sequence by sequence."""
+        return [token for chunk in self.chunks for token in chunk]
+
+    @property
+    def positions(self) -> list[int]:
+        """Their positions."""
+        return [s + i for s, chunk in zip(self.starts, self.chunks, strict=True) for i in range(len(chunk))]
+
+    @property
+    def last(self) -> list[int]:
+        """The row of each sequence's last new token."""
+        return [int(end) - 1 for end in np.cumsum([len(chunk) for chunk in self.chunks])]
+
+    def __enter__(self) -> Step:
+        self._check()
+        self._columns = self.cache.reserve(self)
+        for sequence in self.sequences:
+            sequence._busy = True
+        groups = range(len(self.cache.spec.groups))
+        self._slots = [self._slots_of(group) for group in groups]
+        self._reads = [self._reads_of(group) for group in groups]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for sequence in self.sequences:
+            sequence._busy = False
+        missing = [layer for layer in range(len(self.cache.parts)) if self.cache.parts[layer] and layer not in self._done]
+        if kind is not None or missing:
+            self._undo()
+        else:
+            for sequence, chunk in zip(self.sequences, self.chunks, strict=True):
+                sequence.tokens += chunk
+        self.cache.active = None
+        if kind is None and missing:
+            raise SequenceError(f"the step ended before layers {missing[:4]} appended their rows; nothing was kept")
+
+    def append(self, layer: int, **streams: Tensor) -> None:
+        """Encodes and writes the new rows of one layer.
+
+        Args:
+            layer: which.
+            streams: for each stream, f32 [T, heads, width], keys already rotated.
+        """
+        for part in self.cache.parts[layer]:
+            group = self.cache.spec.groups[part.group]
+            slots = self._slots[part.group][part.lanes].t()
+            rows = streams if part.heads is None else {n: x[:, list(part.heads)] for n, x in streams.items()}
+            self._check_rows(layer, group, slots, rows)
+            reference.append(self.cache.pages(group), group.layout, slots, rows)
+        self._done.add(layer)
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        want_lse: bool = False,
+        want_mass: bool = False,
+    ) -> Partial:
+        """Every new token's attention over all rows that it may see, its own included.
+
+        Args:
+            layer: which; its rows have been appended.
+            q: f32 [T, H, width]; query heads in the order of the lanes that they share.
+
+        The other arguments, and the result: `ops.reference.attend`.
+        """
+        if layer not in self._done:
+            raise SequenceError(f"layer {layer} attends before it appended its rows; a token sees itself")
+        parts = self.cache.parts[layer]
+        shared = q.shape[1] // sum(part.lanes.stop - part.lanes.start for part in parts)
+        results = []
+        for part in parts:
+            group = self.cache.spec.groups[part.group]
+            mine = None if part.heads is None else [h * shared + i for h in part.heads for i in range(shared)]
+            results.append((mine, reference.attend(
+                self.cache.pages(group), group.layout, self._reads[part.group], part.lanes,
+                q if mine is None else q[:, mine], scale=scale, softcap=softcap,
+                bias=bias if mine is None or bias is None else bias[mine], want_lse=want_lse, want_mass=want_mass,
+            )))  # fmt: skip
+        return results[0][1] if results[0][0] is None else _joined(results, q.shape[1])
+
+    def _check(self) -> None:
+        for sequence in self.sequences:
+            sequence._check()
+        if len({id(s) for s in self.sequences}) < len(self.sequences):
+            raise SequenceError("a sequence is twice in one step; give it one longer chunk")
+        if not all(self.chunks) or not self.chunks:
+            raise SequenceError("a step needs at least one sequence, and at least one token for each")
+
+    def _check_rows(self, layer: int, group: Group, slots: Tensor, rows: dict[str, Tensor]) -> None:
+        for stream in group.layout.streams:
+            want = (*slots.shape, stream.width)
+            if stream.name not in rows or rows[stream.name].shape != want:
+                got = tuple(rows[stream.name].shape) if stream.name in rows else "nothing"
+                raise SequenceError(f"layer {layer}, stream {stream.name}: got {got}, needs (tokens, heads, width) = {want}")
+
+    def _undo(self) -> None:
+        """Gives back what was reserved. Rows written into old pages lie beyond the sequence's end: never seen."""
+        for sequence, before in zip(self.sequences, self._columns, strict=True):
+            for table, columns in zip(sequence.tables, before, strict=True):
+                self.cache.release(table, np.arange(len(table.logical)) < columns)
+
+    def _slots_of(self, group: int) -> Tensor:
+        """int64 [lanes, T]: page · N + slot of every new row."""
+        size, parts = self.cache.spec.page_size, []
+        for sequence, start, chunk in zip(self.sequences, self.starts, self.chunks, strict=True):
+            positions = np.arange(start, start + len(chunk))
+            table = sequence.tables[group]
+            columns = np.searchsorted(table.logical, positions // size)
+            parts.append(table.pages[:, columns].astype(np.int64) * size + positions % size)
+        return torch.from_numpy(np.concatenate(parts, axis=1)).to(self.cache.device)
+
+    def _reads_of(self, group: int) -> list[Reads]:
+        """Blocks of queries, those of equal shape together."""
+        retention = self.cache.spec.groups[group].retention
+        shapes: dict[tuple[int, int], list[_Item]] = {}
+        first = 0
+        for member, (start, chunk) in enumerate(zip(self.starts, self.chunks, strict=True)):
+            end = start + len(chunk)
+            for begin in range(start, end, QUERY_BLOCK):
+                stop = min(begin + QUERY_BLOCK, end)
+                last = (stop - 1) // TILE
+                oldest = 0 if retention.window is None else max(begin - retention.window + 1, 0) // TILE
+                sinks = range(min(-(-retention.sinks // TILE), oldest))
+                item = _Item(member, first + begin - start, begin, stop, (*sinks, *range(oldest, last + 1)))
+                tiles = len(item.tiles) if stop - begin > 1 else 1 << (len(item.tiles) - 1).bit_length()
+                shapes.setdefault((stop - begin, tiles), []).append(item)
+            first += len(chunk)
+        return [self._read_of(group, n, tiles, items, first) for (n, tiles), items in shapes.items()]
+
+    def _read_of(self, group: int, n: int, tiles: int, items: list[_Item], total: int) -> Reads:
+        size, device = self.cache.spec.page_size, self.cache.device
+        found = [self._pages_of(self.sequences[item.member].tables[group], item.tiles, tiles) for item in items]
+        pages = np.concatenate([pages for pages, _ in found], axis=1)
+        held = np.stack([logical for _, logical in found])  # [I, S/N]
+        held = np.where(held[..., None] < 0, _NOWHERE, held[..., None] * size + np.arange(size)).reshape(len(items), -1)
+        asking = np.stack([np.arange(item.start, item.stop) for item in items])
+        visible = self.cache.spec.groups[group].retention.visible(asking[:, :, None], held[:, None, :])
+        rows = np.concatenate([np.arange(item.first, item.first + n) for item in items])
+        whole = len(rows) == total and bool((rows == np.arange(total)).all())
+        to = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device)  # noqa: E731
+        return Reads(None if whole else to(rows), n, to(pages), to(visible), to(asking), to(held))
+
+    def _pages_of(self, table: Table, wanted: tuple[int, ...], tiles: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Pages [lanes, tiles · TILE/N] and their logical numbers [tiles · TILE/N], -1 where there is a hole."""
+        each = TILE // self.cache.spec.page_size
+        logical = np.full(tiles * each, -1, np.int64)
+        logical[: len(wanted) * each] = (np.array(wanted)[:, None] * each + np.arange(each)).reshape(-1)
+        columns = np.searchsorted(table.logical, logical)
+        columns[columns == len(table.logical)] = 0
+        logical[table.logical[columns] != logical] = -1
+        columns[logical < 0] = 0
+        return table.pages[:, columns].astype(np.int64), logical
+
+
+def _joined(results: list[tuple[list[int] | None, Partial]], heads: int) -> Partial:
+    """Parts of a layer's heads, put back in their order. Masses are given part by part."""
+    first = results[0][1]
+    out = first.out.new_empty((first.out.shape[0], heads, first.out.shape[2]))
+    lse = None if first.lse is None else first.lse.new_empty((first.lse.shape[0], heads))
+    for mine, result in results:
+        out[:, mine] = result.out
+        if lse is not None and result.lse is not None:
+            lse[:, mine] = result.lse
+    masses = None if first.mass is None else tuple(mass for _, result in results for mass in result.mass or ())
+    return Partial(out, lse, masses)

@@ -1,0 +1,149 @@
+"""Rows to stored bytes and back: the arithmetic of every codec, each row by itself (law 1).
+
+Everything here is elementwise or reduces over one row's channels in a fixed order, so that a row's bytes do not depend
+on which rows stand beside it. Rotations are butterflies (a fixed order of additions): a matrix product would round by
+batch shape.
+
+Legend: `…` any leading axes, W channels of a stream, B bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kvik.ops.layout import Codec, RowLayout
+
+_FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_F16_MAX = 65504.0
+_TINY = 2.0**-126  # the smallest normal bf16: keeps an all-zero row's division finite
+_INT4_EDGES = (8.0, 7.0, 6.5, 9.0)  # the extreme channel's code under each scale that is tried
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """The orthonormal Walsh–Hadamard transform of the last axis, [… W] → [… W]; its own inverse.
+
+    Where W is no power of two, each run of (largest power of two dividing W) channels is transformed by itself.
+    """
+    width = x.shape[-1]
+    order = width & -width
+    span = 1
+    while span < order:
+        pairs = x.unflatten(-1, (-1, 2, span))
+        low, high = pairs.unbind(-2)
+        x = torch.stack((low + high, low - high), dim=-2).flatten(-3)
+        span *= 2
+    return x * order**-0.5
+
+
+def encode(layout: RowLayout, rows: Mapping[str, Tensor]) -> Tensor:
+    """Rows to bytes.
+
+    Args:
+        layout: streams, codecs and offsets.
+        rows: a float tensor [… W] for each stream of the layout.
+
+    Returns:
+        uint8 [… row_bytes].
+    """
+    first = layout.streams[0]
+    if all(s.codec == first.codec and s.width == first.width for s in layout.streams):
+        stacked = torch.stack([rows[s.name] for s in layout.streams], dim=-2)
+        codes, scales = _encode_stream(first.codec, stacked)
+        parts = [codes.flatten(-2)] if scales is None else [codes.flatten(-2), scales.flatten(-2)]
+    else:
+        encoded = [_encode_stream(s.codec, rows[s.name]) for s in layout.streams]
+        parts = [codes for codes, _ in encoded] + [scales for _, scales in encoded if scales is not None]
+        parts = _aligned(layout, parts)
+    packed = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    missing = layout.row_bytes - packed.shape[-1]
+    return torch.nn.functional.pad(packed, (0, missing)) if missing else packed
+
+
+def decode(layout: RowLayout, name: str, packed: Tensor) -> Tensor:
+    """One stream of packed rows, still rotated where its codec rotates.
+
+    Args:
+        layout: streams, codecs and offsets.
+        name: which stream.
+        packed: uint8 [… row_bytes].
+
+    Returns:
+        f32 [… W].
+    """
+    stream = next(s for s in layout.streams if s.name == name)
+    codec, width = stream.codec, stream.width
+    start, scales_at = layout.offsets[name]
+    codes = packed[..., start : start + codec.code_bytes(width)]
+    if codec.name in _FLOATS:
+        return codes.view(_FLOATS[codec.name]).to(torch.float32)
+    scales = packed[..., scales_at : scales_at + codec.scale_bytes(width)].view(torch.bfloat16).to(torch.float32)
+    if codec.bits == 8:
+        return codes.view(torch.int8) * scales
+    halves = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :width]
+    return ((halves.to(torch.float32) - 8.0).unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def unrotated(layout: RowLayout, name: str, values: Tensor) -> Tensor:
+    """Turns what `decode` gave, or an attention output made of it, back into the model's own channels: [… W]."""
+    return hadamard(values) if next(s for s in layout.streams if s.name == name).codec.rotated else values
+
+
+def _encode_stream(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[… W] → (codes uint8 [… B], scales uint8 [… B] or None)."""
+    if codec.name == "f16":
+        x = x.clamp(-_F16_MAX, _F16_MAX)  # an infinity would poison rows that only mask it
+    if codec.name in _FLOATS:
+        return x.to(_FLOATS[codec.name]).contiguous().view(torch.uint8), None
+    x = x.to(torch.float32)
+    if codec.rotated:
+        x = hadamard(x)
+    return _int8(x) if codec.bits == 8 else _int4(x, codec.group_of(x.shape[-1]))
+
+
+def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric, one scale a row: code = round(x / scale), scale = max|x| / 127 rounded to bf16."""
+    peak = torch.linalg.vector_norm(x, float("inf"), dim=-1, keepdim=True)
+    scale = (peak * (1 / 127)).clamp_min(_TINY).to(torch.bfloat16)
+    return (x / scale).round().to(torch.int8).view(torch.uint8), scale.view(torch.uint8)
+
+
+def _int4(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Codes -8 … 7 (stored +8), a scale for each group of channels: of a few candidates the one with the least squared
+    error, the first where they tie. The extreme channel lands on the side that has the extra code.
+    """
+    grouped = x.unflatten(-1, (-1, group))
+    extreme = grouped.gather(-1, grouped.abs().argmax(dim=-1, keepdim=True))
+    best_codes = best_scale = best_error = None
+    for edge in _INT4_EDGES:
+        scale = (extreme * (-1 / edge)).to(torch.bfloat16)
+        scale = torch.where(scale == 0, _TINY, scale)
+        wide = scale.to(torch.float32)
+        codes = (grouped / wide).round().clamp(-8, 7)
+        error = (codes * wide - grouped).square().sum(dim=-1, keepdim=True)
+        if best_codes is None or best_scale is None or best_error is None:
+            best_codes, best_scale, best_error = codes, scale, error
+        else:
+            better = error < best_error
+            best_codes = torch.where(better, codes, best_codes)
+            best_scale = torch.where(better, scale, best_scale)
+            best_error = torch.where(better, error, best_error)
+    assert best_codes is not None and best_scale is not None, "there is at least one candidate"
+    codes = (best_codes.flatten(-2) + 8).to(torch.uint8)
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    return codes[..., 0::2] | codes[..., 1::2] << 4, best_scale.flatten(-2).view(torch.uint8)
+
+
+def _aligned(layout: RowLayout, parts: list[Tensor]) -> list[Tensor]:
+    """Pads each stream's codes to where the next one starts."""
+    starts = [layout.offsets[s.name][0] for s in layout.streams][1:] + [layout.offsets[layout.streams[0].name][1]]
+    position, out = 0, []
+    for index, part in enumerate(parts):
+        end = starts[index] if index < len(starts) else position + part.shape[-1]
+        gap = end - position - part.shape[-1]
+        out.append(torch.nn.functional.pad(part, (0, gap)) if gap else part)
+        position = end
+    return out

@@ -1,0 +1,121 @@
+"""How a row's bytes are laid out: plain arithmetic, no tensors, so that planning needs no torch.
+
+A page is N rows, one after another. A row is its streams' codes, in the order of the streams, then their scales:
+
+    int8, head 64:   | k: 64 codes | v: 64 codes | k: 1 scale | v: 1 scale |   = 132 bytes
+    k8v4, head 64:   | k: 64 codes | v: 32 bytes | k: 1 scale | v: 2 scales |  = 102 bytes
+
+Only `ops` reads or writes these bytes. Scales are bf16: it has f32's range, so that no row is too small or too large
+for it, and the codes are computed against the rounded scale, so that its rounding costs no accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+SCALE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Codec:
+    """What one stream's rows become. The arithmetic is in `ops/codecs.py`, under the row law: each row by itself.
+
+    Attributes:
+        name: as it stands in a spec string.
+        bits: of one code.
+        group: channels that share a scale; 0 = no scales (the floats), -1 = the whole row.
+        rotated: a Hadamard rotation stands in front (QuaRot, arXiv:2404.00456).
+    """
+
+    name: str
+    bits: int
+    group: int = 0
+    rotated: bool = False
+
+    def group_of(self, width: int) -> int:
+        """Channels a scale for a stream of this width: `group` where it divides the width, else the whole row."""
+        return self.group if self.group > 0 and width % self.group == 0 else width
+
+    def code_bytes(self, width: int) -> int:
+        """Bytes of one row's codes."""
+        return (width * self.bits + 7) // 8
+
+    def scale_bytes(self, width: int) -> int:
+        """Bytes of one row's scales."""
+        return SCALE_BYTES * (width // self.group_of(width)) if self.group else 0
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Codec("f32", 32),
+        Codec("bf16", 16),
+        Codec("f16", 16),
+        Codec("int8", 8, group=-1),
+        Codec("int4", 4, group=32, rotated=True),
+        Codec("int4-plain", 4, group=32),
+        Codec("int4-row", 4, group=-1, rotated=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One named part of a row: `k` or `v`, `latent`, `rope`, `x`."""
+
+    name: str
+    width: int
+    codec: Codec
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Where each stream's codes and scales lie inside a row.
+
+    >>> RowLayout.of(("k", 64, CODECS["int8"]), ("v", 64, CODECS["int4"])).offsets
+    {'k': (0, 96), 'v': (64, 98)}
+    """
+
+    streams: tuple[Stream, ...]
+
+    @classmethod
+    def of(cls, *streams: tuple[str, int, Codec]) -> RowLayout:
+        """A layout from (name, width, codec) triples."""
+        return cls(tuple(Stream(*stream) for stream in streams))
+
+    @cached_property
+    def offsets(self) -> dict[str, tuple[int, int]]:
+        """For each stream, the byte at which its codes start and the byte at which its scales start."""
+        codes, position = [], 0
+        for stream in self.streams:
+            codes.append(position)
+            position += self._aligned(stream.codec.code_bytes(stream.width))
+        out = {}
+        for stream, start in zip(self.streams, codes, strict=True):
+            out[stream.name] = (start, position)
+            position += stream.codec.scale_bytes(stream.width)
+        return out
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one row, scales and alignment included."""
+        codes = sum(self._aligned(s.codec.code_bytes(s.width)) for s in self.streams)
+        return self._aligned(codes + sum(s.codec.scale_bytes(s.width) for s in self.streams))
+
+    @cached_property
+    def payload_bits(self) -> int:
+        """Bits of one row by the formula: codes alone."""
+        return sum(s.codec.bits * s.width for s in self.streams)
+
+    def _aligned(self, count: int) -> int:
+        unit = 4 if any(s.codec.bits == 32 for s in self.streams) else 2
+        return -(-count // unit) * unit
+
+
+def nearest_codec(name: str, known: Sequence[str] = tuple(CODECS)) -> str:
+    """The known codec name that looks most like `name`, for error messages."""
+    import difflib
+
+    return (difflib.get_close_matches(name, known, n=1, cutoff=0.0) or [known[0]])[0]

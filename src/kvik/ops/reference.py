@@ -1,0 +1,245 @@
+"""Append and attend in plain torch, on any device: the specification that every faster kernel must equal.
+
+**The cut cannot show.** A query's result is a function of its position and the rows it may see, bit for bit, however a
+text is cut into chunks, batches and pages, because
+
+- slots are tiled at fixed multiples of `TILE`, whatever the batch; a tile is always computed whole, unseen slots with
+  weight exactly 0, so that every product has the same inner length;
+- query rows are padded to `ROWS`, from where on the matrix product gives each row the same bits at any batch size
+  (`probe` checks that where it runs);
+- tiles merge in order, one addition at a time, and a tile in which nothing is seen merges as exactly nothing.
+
+Legend: T tokens of the step, H query heads, L lanes (KV heads), G = H / L queries that share a lane, I items of one
+`Reads`, n tokens of an item, S slots of an item (a multiple of TILE), C = S / TILE tiles, M = n·G padded to ROWS,
+D width of keys, E width of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from kvik.ops.codecs import decode, encode, hadamard
+from kvik.ops.layout import RowLayout
+
+TILE = 256  # slots; a multiple of every page size
+ROWS = 8
+QUERY_BLOCK = 64  # tokens of one sequence that are attended at once: bounds the scores' memory, not the result
+UNSEEN = -1e30  # finite, so that a tile in which nothing is seen gives weights of exactly 0 and never a NaN
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Which slots the queries of some items read: items of equal shape, so that one call serves them all.
+
+    Attributes:
+        tokens: int64 [I·n], the step's tokens these items are; None = all of them, in order.
+        chunk: n, tokens an item.
+        pages: int64 [lanes of the group, I·S/N]. A hole names any page of the item; its slots are not visible.
+        visible: bool [I, n, S].
+        asking: int64 [I, n], positions of the queries.
+        held: int64 [I, S], positions of the slots; beyond every query's where nothing is held.
+    """
+
+    tokens: Tensor | None
+    chunk: int
+    pages: Tensor
+    visible: Tensor
+    asking: Tensor
+    held: Tensor
+
+    @property
+    def items(self) -> int:
+        """I."""
+        return self.visible.shape[0]
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """bool [1, I, n, 1, S]: the mask, broadcast over lanes and the queries that share one."""
+        return ~self.visible[None, :, :, None]
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Attention over some of the rows, ready to be merged with attention over others.
+
+    Attributes:
+        out: [T, H, E].
+        lse: log Σ exp(score), [T, H]; None unless asked for.
+        mass: weight that each slot received, summed over the queries that share its lane, one [L, I, S] for each
+            Reads; None unless asked for.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    mass: tuple[Tensor, ...] | None = None
+
+
+def append(pages: Tensor, layout: RowLayout, slots: Tensor, rows: Mapping[str, Tensor]) -> None:
+    """Encodes rows, each by itself, and writes them where they belong.
+
+    Args:
+        pages: uint8 [pages, page bytes]; modified.
+        layout: how a row is laid out.
+        slots: int64 [T, L], page · N + slot of each row.
+        rows: f32 [T, L, W] for each stream.
+    """
+    flat = pages.view(-1, layout.row_bytes)
+    flat[slots.reshape(-1)] = encode(layout, rows).view(-1, layout.row_bytes)
+
+
+def attend(
+    pages: Tensor,
+    layout: RowLayout,
+    reads: list[Reads],
+    lanes: slice,
+    q: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    want_lse: bool = False,
+    want_mass: bool = False,
+) -> Partial:
+    """Attention of every query over the stored form of the rows that it sees, its own included.
+
+    Args:
+        pages: uint8 [pages, page bytes].
+        layout: how a row is laid out; streams `k` and `v`.
+        reads: who reads which pages. Their tokens together are all T.
+        lanes: the rows of `Reads.pages` that q's heads read.
+        q: f32 [T, H, D]; head h reads lane h // G.
+        scale: of the scores.
+        softcap: scores become softcap · tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
+        bias: f32 [H, R], added to the score of a row that lies r positions back; the last column serves all further
+            ones (ALiBi, arXiv:2108.12409; T5, arXiv:1910.10683).
+        want_lse: also return the log-sum-exp.
+        want_mass: also return the attention mass.
+    """
+    key, value = layout.streams
+    heads, count = q.shape[1], lanes.stop - lanes.start
+    q = (hadamard(q) if key.codec.rotated else q) * scale
+    whole = len(reads) == 1 and reads[0].tokens is None
+    out = q.new_empty((q.shape[0], heads, value.width))
+    lse = q.new_empty((q.shape[0], heads)) if want_lse else None
+    masses = []
+    for read in reads:
+        chosen = q if read.tokens is None else q[read.tokens]
+        item_bias = None if bias is None else _bias(bias, read, count)
+        part, part_lse, mass = _attend(pages, layout, read, lanes, chosen, softcap, item_bias, want_lse, want_mass)
+        if value.codec.rotated:
+            part = hadamard(part)
+        if whole:
+            out, lse = part, part_lse
+        else:
+            out[read.tokens] = part
+            if lse is not None and part_lse is not None:
+                lse[read.tokens] = part_lse
+        if mass is not None:
+            masses.append(mass)
+    return Partial(out, lse, tuple(masses) if want_mass else None)
+
+
+def _attend(
+    pages: Tensor,
+    layout: RowLayout,
+    read: Reads,
+    lanes: slice,
+    q: Tensor,
+    softcap: float | None,
+    bias: Tensor | None,
+    want_lse: bool,
+    want_mass: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One Reads: q [I·n, H, D] → out [I·n, H, E], lse [I·n, H], mass [L, I, S]."""
+    count, items, n = lanes.stop - lanes.start, read.items, read.chunk
+    shared, tiles = q.shape[1] // count, read.visible.shape[2] // TILE
+    batch, used = count * items, n * shared
+    stored = pages.index_select(0, read.pages[lanes].reshape(-1)).view(batch * tiles, TILE, layout.row_bytes)
+    k, v = decode(layout, "k", stored), decode(layout, "v", stored)
+
+    rows = q.view(items, n, count, shared, -1).permute(2, 0, 1, 3, 4).reshape(batch, used, -1)
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, -used % ROWS))
+    if tiles > 1:
+        rows = rows.unsqueeze(1).expand(-1, tiles, -1, -1).flatten(0, 1)
+    scores = torch.bmm(rows, k.transpose(1, 2))  # [batch·C, M, TILE]
+    if softcap is not None:
+        scores = (scores / softcap).tanh_().mul_(softcap)
+
+    # Views of the queries that are no padding, as [L, I, n, G, C, TILE] → masked and biased in place.
+    seen = scores.view(count, items, tiles, -1, TILE)[:, :, :, :used].unflatten(3, (n, shared)).permute(0, 1, 3, 4, 2, 5)
+    if bias is not None:
+        seen += bias.unflatten(-1, (tiles, TILE))
+    seen.masked_fill_(read.hidden.unflatten(-1, (tiles, TILE)), UNSEEN)
+
+    peak = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(peak).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    out = torch.bmm(weights, v)
+    if tiles == 1:
+        top = peak
+    else:
+        peak, total, out = (x.view(batch, tiles, -1, x.shape[-1]) for x in (peak, total, out))
+        top = peak.amax(dim=1, keepdim=True)
+        factor = (peak - top).exp_()
+        total, out, top = _in_order(total * factor), _in_order(out * factor), top.squeeze(1)
+    mass = _mass(weights, peak, top, total, count, items, used) if want_mass else None
+    lse = _by_token(top + total.log(), count, items, n, shared).squeeze(-1) if want_lse else None
+    return _by_token(out / total, count, items, n, shared), lse, mass
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """[batch, C, M, X] → [batch, M, X]: added one tile at a time, so that trailing and skipped zeros change no bit."""
+    first, *others = parts.unbind(1)
+    for part in others:
+        first = first + part
+    return first
+
+
+def _by_token(x: Tensor, count: int, items: int, n: int, shared: int) -> Tensor:
+    """[L·I, M, X] → [I·n, H, X]."""
+    x = x[:, : n * shared].reshape(count, items, n, shared, -1)
+    return x.permute(1, 2, 0, 3, 4).reshape(items * n, count * shared, -1)
+
+
+def _mass(weights: Tensor, peak: Tensor, top: Tensor, total: Tensor, count: int, items: int, used: int) -> Tensor:
+    """Each slot's share of attention, summed over the real queries: [L, I, S]."""
+    batch = count * items
+    share = weights.view(batch, -1, *weights.shape[1:]) * ((peak.view(batch, -1, *peak.shape[-2:]) - top.unsqueeze(1)).exp() / total.unsqueeze(1))
+    return share[:, :, :used].sum(dim=2).reshape(count, items, -1)
+
+
+def _bias(bias: Tensor, read: Reads, count: int) -> Tensor:
+    """[H, R] by distance → [L, I, n, G, S] by slot."""
+    back = read.asking.unsqueeze(-1) - read.held.unsqueeze(1)
+    table = bias[:, back.clamp(0, bias.shape[1] - 1)]  # [H, I, n, S]
+    return table.unflatten(0, (count, -1)).permute(0, 2, 3, 1, 4)
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention over both parts' rows, from attention over each (flashinfer's cascade; arXiv:2501.01005).
+
+    Both need their `lse`. A part in which a query saw nothing has lse ≤ UNSEEN and weighs nothing.
+    """
+    assert a.lse is not None and b.lse is not None, "merge needs log-sum-exp: attend(..., want_lse=True)"
+    lse = torch.logaddexp(a.lse, b.lse)
+    out = a.out * (a.lse - lse).exp().unsqueeze(-1) + b.out * (b.lse - lse).exp().unsqueeze(-1)
+    return Partial(out, lse)
+
+
+def probe(width: int, device: torch.device | str = "cpu") -> bool:
+    """Whether this machine's batched products give a row the same bits beside any number of others (law 1)."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn((6, TILE, width), generator=generator).to(device) for _ in range(3))
+    scores = torch.bmm(q, k.transpose(1, 2))
+    mixed = torch.bmm(scores, v)
+    for batch, rows in ((1, ROWS), (2, 3 * ROWS), (3, ROWS), (6, 12 * ROWS), (1, TILE)):
+        s = torch.bmm(q[:batch, :rows].contiguous(), k[:batch].transpose(1, 2))
+        o = torch.bmm(scores[:batch, :rows].contiguous(), v[:batch])
+        if not (torch.equal(s, scores[:batch, :rows]) and torch.equal(o, mixed[:batch, :rows])):
+            return False
+    return True

@@ -1,0 +1,23 @@
+"""`kvik plan`: Spec × model × machine → what fits, before a byte is allocated. Needs no torch."""
+
+from kvik.plan.arithmetic import WEIGHTS, Fit, Plan, WeightFormat, list_plans, make_plan, run_plan
+from kvik.plan.find import lookup
+from kvik.plan.shapes import ModelShape, from_config
+from kvik.plan.view import render_list, render_plan
+from kvik.plan.wellknown import known_models
+
+__all__ = [
+    "WEIGHTS",
+    "Fit",
+    "ModelShape",
+    "Plan",
+    "WeightFormat",
+    "from_config",
+    "known_models",
+    "list_plans",
+    "lookup",
+    "make_plan",
+    "render_list",
+    "render_plan",
+    "run_plan",
+]

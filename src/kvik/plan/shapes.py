@@ -1,0 +1,394 @@
+"""What a model keeps of every token, read from its `config.json`: layers, heads, windows; and its parameters.
+
+Nothing is loaded: the numbers follow from the config alone. Each family is one function, and parameters are counted
+by formula, tied embeddings once, exactly as `sum(p.numel() for p in model.parameters())` counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kvik.cache.spec import LayerShape
+from kvik.errors import ConfigError
+
+ENCODER_ONLY = (
+    "it reads the whole text at once; every token sees later ones, so nothing computed for a prefix stays valid"
+)
+_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_LARGEST = 10**9  # no width, vocabulary or context of any model comes near it; nor do its layers and heads to 10,000
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model, as far as planning needs it.
+
+    Attributes:
+        name: for people.
+        family: its `model_type`.
+        parameters: exact count, None = unknown.
+        layers: what each self-attention layer keeps of a token; empty for encoder-only models.
+        cross: what each cross-attention layer keeps of a source row; filled once, it does not grow.
+        source: source rows that `cross` is filled with (T5: tokens, Whisper: frames).
+        d_model: width of the residual stream.
+        query_heads: heads that read, the KV heads of `layers` being those that are read.
+        head_dim: width of a query head.
+        context: positions that the model was made for, None = not said.
+        weights: number format that the weights come in (`f32`, `f16`, `bf16`).
+        stored: bytes of the weights as a file holds them, where a file was read.
+        notes: what the reader should know about the numbers.
+    """
+
+    name: str
+    family: str
+    parameters: int | None
+    layers: tuple[LayerShape, ...]
+    d_model: int
+    query_heads: int
+    head_dim: int
+    context: int | None
+    cross: tuple[LayerShape, ...] = ()
+    source: int = 0
+    weights: str = "f16"
+    stored: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def encoder_only(self) -> bool:
+        """Whether there is nothing that a cache could keep."""
+        return not self.layers and not self.cross
+
+
+class _Config:
+    """A config with whole numbers taken by name: the family's defaults stand in for absent keys."""
+
+    def __init__(self, raw: Mapping[str, Any], **defaults: Any) -> None:
+        self.raw = {**defaults, **{key: value for key, value in raw.items() if value is not None}}
+
+    def __call__(self, *names: str, least: int = 1) -> int:
+        """The first of the keys `names` that is there, as a whole number."""
+        name = next((n for n in names if self.raw.get(n) is not None), None)
+        if name is None:
+            raise ConfigError(f"config has no {' or '.join(names)}: the cache can't be sized without it")
+        value = self.raw[name]
+        most = 10_000 if "layer" in name or "head" in name else _LARGEST
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ConfigError(
+                f"config: {name} is {str(value)[:40]!r}, but must be a whole number from {least} to {most}"
+            )
+        return value
+
+    def maybe(self, *names: str) -> int | None:
+        """The same, or None where none of the keys is there."""
+        return self(*names) if any(self.raw.get(n) is not None for n in names) else None
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """A true or false."""
+        return bool(self.raw.get(name, default))
+
+    def heads(self) -> tuple[int, int, int]:
+        """(query heads, KV heads, width of a head)."""
+        heads = self("num_attention_heads", "n_head", "num_heads")
+        kv = self.maybe("num_key_value_heads") or heads
+        if heads % kv:
+            raise ConfigError(f"config: {heads} query heads can't share {kv} KV heads evenly")
+        return heads, kv, self.maybe("head_dim") or self("hidden_size", "n_embd", "d_model") // heads
+
+    @property
+    def weights(self) -> str:
+        """The number format of the weights, f16 where the config does not say."""
+        return _DTYPES.get(str(self.raw.get("torch_dtype", self.raw.get("dtype"))).removeprefix("torch."), "f16")
+
+
+def kv(heads: int, width: int, window: int | None = None) -> LayerShape:
+    """A layer of ordinary attention: k and v of each KV head."""
+    return LayerShape(heads, (("k", width), ("v", width)), window)
+
+
+def latent(width: int, rope: int) -> LayerShape:
+    """A layer of latent attention (MLA, arXiv:2405.04434): one latent and one rotated key for all heads."""
+    return LayerShape(1, (("latent", width), ("rope", rope)))
+
+
+def from_config(config: Mapping[str, Any], name: str | None = None) -> ModelShape:
+    """The shape of the model that a Hugging Face `config.json` describes.
+
+    Args:
+        config: the parsed file.
+        name: for people; default: what the config calls itself, else its `model_type`.
+
+    Raises:
+        ConfigError: a key that the sizes depend on is missing or no sensible number; the message names it.
+    """
+    if not isinstance(config, Mapping):
+        raise ConfigError("config.json must hold an object with the model's sizes")
+    family = str(config.get("model_type", "unknown"))
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        outer = {"model_type": family, "torch_dtype": config.get("torch_dtype", config.get("dtype"))}
+        shape = from_config({**outer, **text})
+        shape = replace(shape, notes=(*shape.notes, "the text model alone: encoders of pictures and sound not counted"))
+    else:
+        shape = FAMILIES.get(family, _unknown)(_Config(config, model_type=family))
+    if sum(layer.heads for layer in shape.layers) > 1_000_000:
+        raise ConfigError(
+            f"config: {len(shape.layers)} layers of {shape.layers[0].heads} heads are more than any model has"
+        )
+    own = config.get("_name_or_path")
+    return replace(shape, name=name or (own if isinstance(own, str) and own else family))
+
+
+def _windows(c: _Config, layers: int, pattern: Callable[[int], bool]) -> list[int | None]:
+    """Each layer's window: from `layer_types` where the config has them, else where `pattern(layer)` is true."""
+    types = c.raw.get("layer_types")
+    if types is None:
+        return [c("sliding_window") if pattern(i) else None for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers:
+        raise ConfigError(f"config: layer_types must name a type for each of the {layers} layers")
+    wrong = sorted({str(t) for t in types} - {"sliding_attention", "full_attention"})
+    if wrong:
+        raise ConfigError(f"config: layers of type {wrong[0]} keep something other than rows, which kvik can't size")
+    return [c("sliding_window") if t == "sliding_attention" else None for t in types]
+
+
+def _decoder(c: _Config, parameters: int | None, windows: list[int | None], notes: tuple[str, ...] = ()) -> ModelShape:
+    heads, shared, width = c.heads()
+    family = str(c.raw["model_type"])
+    return ModelShape(
+        name=family,
+        family=family,
+        parameters=parameters,
+        layers=tuple(kv(shared, width, window) for window in windows),
+        d_model=c("hidden_size", "n_embd", "d_model"),
+        query_heads=heads,
+        head_dim=width,
+        context=c.maybe("max_position_embeddings", "n_positions", "n_ctx", "seq_length"),
+        weights=c.weights,
+        notes=notes,
+    )
+
+
+def _gated(
+    c: _Config, *, qkv_bias: bool = False, o_bias: bool = False, qk_norm: bool = False, norms: int = 2, experts: int = 0
+) -> int:
+    """Parameters of a decoder with gated feed-forwards and RMS norms: Llama and its kin."""
+    d, ff, layers, vocab = c("hidden_size"), c("intermediate_size"), c("num_hidden_layers"), c("vocab_size")
+    heads, shared, width = c.heads()
+    q, k = heads * width, shared * width
+    attention = d * (q + 2 * k) + q * d + qkv_bias * (q + 2 * k) + o_bias * d + qk_norm * 2 * width
+    ffn = 3 * d * ff + c.flag("mlp_bias") * (2 * ff + d)
+    if experts:
+        ffn = experts * ffn + experts * d  # the router beside them
+    return layers * (attention + ffn + norms * d) + d + vocab * d * (1 if c.flag("tie_word_embeddings") else 2)
+
+
+def _llama(c: _Config) -> ModelShape:
+    bias = c.flag("attention_bias")
+    return _decoder(c, _gated(c, qkv_bias=bias, o_bias=bias), [None] * c("num_hidden_layers"))
+
+
+def _mistral(c: _Config) -> ModelShape:
+    c = _Config(c.raw, num_key_value_heads=8)
+    experts = c("num_local_experts") if c.raw["model_type"] == "mixtral" else 0
+    return _decoder(c, _gated(c, experts=experts), [c.maybe("sliding_window")] * c("num_hidden_layers"))
+
+
+def _phi3(c: _Config) -> ModelShape:
+    return _decoder(c, _gated(c), [c.maybe("sliding_window")] * c("num_hidden_layers"))
+
+
+def _qwen(c: _Config) -> ModelShape:
+    third = c.raw["model_type"] == "qwen3"
+    c = _Config(c.raw, max_window_layers=28, **({"head_dim": 128} if third else {}))
+    windowed = c.flag("use_sliding_window") and c.maybe("sliding_window") is not None
+    bias = c.flag("attention_bias") if third else True
+    windows = _windows(c, c("num_hidden_layers"), lambda i: windowed and i >= c("max_window_layers", least=0))
+    return _decoder(c, _gated(c, qkv_bias=bias, o_bias=bias and third, qk_norm=third), windows)
+
+
+def _gemma(c: _Config) -> ModelShape:
+    generation = {"gemma": 1, "gemma2": 2}.get(str(c.raw["model_type"]), 3)
+    c = _Config(c.raw, **_GEMMA[generation], tie_word_embeddings=True)
+    pattern = c("sliding_window_pattern", "_sliding_window_pattern")
+    windows = _windows(c, c("num_hidden_layers"), lambda i: (i + 1) % pattern != 0)
+    bias = c.flag("attention_bias")
+    norms = 2 if generation == 1 else 4
+    return _decoder(c, _gated(c, qkv_bias=bias, o_bias=bias, qk_norm=generation == 3, norms=norms), windows)
+
+
+# Files of Gemma leave out what equals the library's defaults, so the defaults belong to the format.
+_GEMMA: dict[int, dict[str, int]] = {
+    1: {"head_dim": 256, "sliding_window_pattern": 1},
+    2: {"head_dim": 256, "sliding_window_pattern": 2, "sliding_window": 4096},
+    3: {
+        "head_dim": 256,
+        "sliding_window_pattern": 6,
+        "sliding_window": 4096,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+    },
+}
+
+
+def _gpt2(c: _Config) -> ModelShape:
+    c = _Config(c.raw, tie_word_embeddings=True)
+    d, layers, positions, vocab = c("n_embd"), c("n_layer"), c("n_positions", "n_ctx"), c("vocab_size")
+    ff = c.maybe("n_inner") or 4 * d
+    layer = 4 * d * d + 4 * d + 2 * d * ff + ff + d + 4 * d  # attention, feed-forward, two norms; all with biases
+    tied = 1 if c.flag("tie_word_embeddings") else 2
+    return _decoder(c, layers * layer + 2 * d + (tied * vocab + positions) * d, [None] * layers)
+
+
+def _opt(c: _Config) -> ModelShape:
+    c = _Config(c.raw, tie_word_embeddings=True, do_layer_norm_before=True, enable_bias=True)
+    d, layers, vocab, ff = c("hidden_size"), c("num_hidden_layers"), c("vocab_size"), c("ffn_dim")
+    narrow = c.maybe("word_embed_proj_dim") or d
+    bias = c.flag("enable_bias")
+    norm = 2 * d * c.flag("layer_norm_elementwise_affine", True)
+    layer = 4 * d * d + 2 * d * ff + bias * (5 * d + ff) + 2 * norm
+    final = norm if c.flag("do_layer_norm_before") and not c.flag("_remove_final_layer_norm") else 0
+    outside = (1 if c.flag("tie_word_embeddings") else 2) * vocab * narrow + (c("max_position_embeddings") + 2) * d
+    project = 2 * d * narrow if narrow != d else 0
+    return _decoder(c, layers * layer + final + outside + project, [None] * layers)
+
+
+def _falcon(c: _Config) -> ModelShape:
+    c = _Config(c.raw, multi_query=True, parallel_attn=True, tie_word_embeddings=True)
+    d, layers, heads = (
+        c("hidden_size", "n_embed"),
+        c("num_hidden_layers", "n_layer"),
+        c("num_attention_heads", "n_head"),
+    )
+    new = c.flag("new_decoder_architecture")
+    shared = (c.maybe("num_kv_heads", "n_head_kv") or heads) if new else 1 if c.flag("multi_query") else heads
+    ff, bias = c.maybe("ffn_hidden_size") or 4 * d, c.flag("bias")
+    qkv = d + 2 * shared * (d // heads)
+    two_norms = (c.maybe("num_ln_in_parallel_attn") or 2) == 2 if new else not c.flag("parallel_attn")
+    layer = d * qkv + d * d + 2 * d * ff + bias * (qkv + 2 * d + ff) + (4 if two_norms else 2) * d
+    tied = 1 if c.flag("tie_word_embeddings") else 2
+    known = {"hidden_size": d, "num_attention_heads": heads, "num_key_value_heads": shared}
+    return _decoder(_Config({**c.raw, **known}), layers * layer + 2 * d + tied * c("vocab_size") * d, [None] * layers)
+
+
+def _deepseek(c: _Config) -> ModelShape:
+    d, layers, heads = c("hidden_size"), c("num_hidden_layers"), c("num_attention_heads")
+    rank, rope, nope, value = c("kv_lora_rank"), c("qk_rope_head_dim"), c("qk_nope_head_dim"), c("v_head_dim")
+    query, bias = c.maybe("q_lora_rank"), c.flag("attention_bias")
+    wide = heads * (nope + rope)
+    q = d * wide if query is None else d * query + bias * query + query + query * wide
+    attention = q + d * (rank + rope) + bias * (rank + rope) + rank + rank * heads * (nope + value)
+    attention += heads * value * d + bias * d
+    routed, shared, ff = c("n_routed_experts"), c("n_shared_experts", least=0), c("moe_intermediate_size")
+    experts = 3 * d * ff * (routed + shared) + routed * d
+    dense = min(c("first_k_dense_replace", least=0), layers)
+    ffn = dense * 3 * d * c("intermediate_size") + (layers - dense) * experts
+    tied = 1 if c.flag("tie_word_embeddings") else 2
+    parameters = layers * (attention + 2 * d) + ffn + d + tied * c("vocab_size") * d
+    shape = _decoder(_Config({**c.raw, "num_key_value_heads": heads, "head_dim": nope + rope}), parameters, [])
+    return replace(shape, layers=(latent(rank, rope),) * layers)
+
+
+def _t5(c: _Config) -> ModelShape:
+    c = _Config(c.raw, tie_word_embeddings=True, relative_attention_num_buckets=32, feed_forward_proj="relu")
+    d, inner, ff, heads = c("d_model"), c("num_heads") * c("d_kv"), c("d_ff"), c("num_heads")
+    encoder = c("num_layers")
+    decoder = c.maybe("num_decoder_layers") or encoder
+    attention = 4 * d * inner + d  # and its norm
+    ffn = (3 if str(c.raw["feed_forward_proj"]).startswith("gated") else 2) * d * ff + d
+    bias = 2 * c("relative_attention_num_buckets") * heads
+    tied = 1 if c.flag("tie_word_embeddings") else 2
+    blocks = encoder * (attention + ffn) + decoder * (2 * attention + ffn) + 2 * d
+    source = c.maybe("n_positions") or 512
+    return ModelShape(
+        name=str(c.raw["model_type"]),
+        family=str(c.raw["model_type"]),
+        parameters=blocks + bias + tied * c("vocab_size") * d,
+        layers=(kv(heads, c("d_kv")),) * decoder,
+        d_model=d,
+        query_heads=heads,
+        head_dim=c("d_kv"),
+        context=source,
+        cross=(kv(heads, c("d_kv")),) * decoder,
+        source=source,
+        weights=c.weights,
+        notes=(f"relative positions: trained on {source} tokens, more are possible",),
+    )
+
+
+def _whisper(c: _Config) -> ModelShape:
+    c = _Config(c.raw, max_source_positions=1500, max_target_positions=448, num_mel_bins=80)
+    d, mels, source = c("d_model"), c("num_mel_bins"), c("max_source_positions")
+    heads, target, vocab = c("decoder_attention_heads"), c("max_target_positions"), c("vocab_size")
+    attention = 4 * d * d + 3 * d + 2 * d  # k has no bias; and its norm
+
+    def ffn(ff: int) -> int:
+        return 2 * d * ff + ff + d + 2 * d
+
+    encoder = c("encoder_layers") * (attention + ffn(c("encoder_ffn_dim"))) + 2 * d
+    encoder += 3 * mels * d + d + 3 * d * d + d + source * d  # two convolutions, positions
+    decoder = c("decoder_layers") * (2 * attention + ffn(c("decoder_ffn_dim"))) + 2 * d + (vocab + target) * d
+    layer = kv(heads, d // heads)
+    return ModelShape(
+        name="whisper",
+        family="whisper",
+        parameters=encoder + decoder,
+        layers=(layer,) * c("decoder_layers"),
+        d_model=d,
+        query_heads=heads,
+        head_dim=d // heads,
+        context=target,
+        cross=(layer,) * c("decoder_layers"),
+        source=source,
+        weights=c.weights,
+        notes=(f"cross-attention keeps {source} frames (30 s of sound), whatever the length of the text",),
+    )
+
+
+def _bert(c: _Config) -> ModelShape:
+    c = _Config(c.raw, type_vocab_size=2)
+    d, ff, layers = c("hidden_size"), c("intermediate_size"), c("num_hidden_layers")
+    embeddings = (c("vocab_size") + c("max_position_embeddings") + c("type_vocab_size")) * d + 2 * d
+    layer = 4 * (d * d + d) + 2 * d * ff + ff + d + 4 * d
+    return _decoder(c, embeddings + layers * layer + d * d + d, [], (f"no cache: {ENCODER_ONLY}",))
+
+
+def _unknown(c: _Config) -> ModelShape:
+    family = c.raw["model_type"]
+    if c.flag("is_encoder_decoder"):
+        raise ConfigError(
+            f"family {family} is not known to kvik, and what its decoder keeps of the encoder can't be guessed"
+        )
+    if str(c.raw.get("architectures")).rstrip("']").endswith("ForMaskedLM") and not c.flag("is_decoder"):
+        return _decoder(c, None, [], (f"no cache: {ENCODER_ONLY}", "parameters unknown"))
+    note = f"family {family} is not known to kvik; assumed plain attention; parameters unknown"
+    layers = c("num_hidden_layers", "n_layer", "num_layers")
+    windows = _windows(c, layers, lambda _: False)
+    return _decoder(c, None, windows, (note,))
+
+
+FAMILIES: dict[str, Callable[[_Config], ModelShape]] = {
+    "bert": _bert,
+    "deepseek_v2": _deepseek,
+    "deepseek_v3": _deepseek,
+    "falcon": _falcon,
+    "gemma": _gemma,
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "gemma3_text": _gemma,
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _mistral,
+    "mixtral": _mistral,
+    "mt5": _t5,
+    "opt": _opt,
+    "phi3": _phi3,
+    "qwen2": _qwen,
+    "qwen3": _qwen,
+    "roberta": _bert,
+    "t5": _t5,
+    "whisper": _whisper,
+    "xlm-roberta": _bert,
+}
