@@ -96,7 +96,7 @@ class Fields:
         ids = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
             self.fail(key, "must be a token id or a list of them")
-        return ids  # type: ignore[return-value]
+        return ids
 
     def numbers(self, key: str) -> tuple[float, ...] | None:
         """Finite numbers above 0, or None where the key is missing."""

@@ -69,3 +69,152 @@ class GroupQuantized:
 def dense(weight: Tensor | GroupQuantized) -> Tensor:
     """The weight as f32 [N, K], whatever it is held as."""
     return weight.dequantize() if isinstance(weight, GroupQuantized) else weight.float()
+
+
+def stack(*weights: Tensor | GroupQuantized) -> Tensor | GroupQuantized:
+    """Several weights of the same inputs as one, outputs after outputs; codes verbatim where all are stored alike."""
+    quantized = [w for w in weights if isinstance(w, GroupQuantized)]
+    kinds = {(w.bits, w.group, w.scale.dtype) for w in quantized}
+    if len(quantized) < len(weights) or len(kinds) > 1:
+        return torch.cat([dense(w) for w in weights])
+    fields = ([w.codes for w in quantized], [w.scale for w in quantized], [w.zero for w in quantized])
+    return GroupQuantized(*(torch.cat(field) for field in fields), bits=quantized[0].bits)
+
+
+class Linear:
+    """y = x Wᵀ + b for any number of rows, each row's bits independent of the others beside it.
+
+    Attributes:
+        format: how the weight is held.
+        nbytes: bytes held, scales and padding included.
+    """
+
+    def __init__(self, weight: Tensor | GroupQuantized, bias: Tensor | None, fmt: Format, device: torch.device) -> None:
+        """
+        Args:
+            weight: [N, K].
+            bias: [N] or None.
+            fmt: how to hold it.
+            device: where.
+
+        Raises:
+            WeightsError: the format has no product on this device.
+        """
+        if fmt in ("int8", "int4") and device.type != "cpu":
+            raise WeightsError(f"{fmt} weights are for the CPU; on {device.type} use --weights bf16 or f32")
+        self.format = fmt
+        self.outputs, self.inputs = weight.shape[0], weight.shape[1]
+        self.bias = None if bias is None else bias.float().to(device)
+        held = {"f32": _hold_f32, "bf16": _hold_bf16, "int8": _hold_int8, "int4": _hold_int4}[fmt](weight)
+        self.held = tuple(t.to(device) for t in held)
+        self._wide = self._padded_inputs() - self.inputs
+        self._multiple = row_multiple(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight as it is held."""
+        return sum(t.numel() * t.element_size() for t in self.held)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """f32 [T, K] → f32 [T, N]."""
+        rows = x.shape[0]
+        missing = -rows % self._multiple
+        if missing or self._wide:
+            x = torch.nn.functional.pad(x, (0, self._wide, 0, missing))
+        y = self._product(x)
+        if missing or y.shape[1] != self.outputs:
+            y = y[:rows, : self.outputs]
+        return y if self.bias is None else y + self.bias
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the weight as f32 [len(index), K]: an embedding that is also the head looks up here."""
+        if self.format == "int8":
+            codes, scale = self.held
+            return (codes[index].to(torch.float32) * scale[index].to(torch.float32).unsqueeze(-1))[:, : self.inputs]
+        assert self.format != "int4", "an embedding is held as int8 at the least"
+        return self.held[0][index].to(torch.float32)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self.format == "f32":
+            return torch.nn.functional.linear(x, self.held[0])
+        x = x.to(torch.bfloat16)
+        if self.format == "bf16":
+            y = torch.nn.functional.linear(x, self.held[0])
+        elif self.format == "int8":
+            y = torch._weight_int8pack_mm(x, self.held[0], self.held[1])
+        else:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.held[0], GROUP, self.held[1])
+        return y.to(torch.float32)
+
+    def _padded_inputs(self) -> int:
+        return -(-self.inputs // 64) * 64 if self.format in ("int8", "int4") else self.inputs
+
+
+def _hold_f32(weight: Tensor | GroupQuantized) -> tuple[Tensor, ...]:
+    return (dense(weight).contiguous(),)
+
+
+def _hold_bf16(weight: Tensor | GroupQuantized) -> tuple[Tensor, ...]:
+    return (dense(weight).to(torch.bfloat16).contiguous(),)
+
+
+def _hold_int8(weight: Tensor | GroupQuantized) -> tuple[Tensor, ...]:
+    """Symmetric codes with a bf16 scale an output, padded with zeros to 64 by 64 (torch's kernels read whole tiles)."""
+    full = _padded(dense(weight))
+    scale = (full.abs().amax(dim=1) / 127).clamp_min(2.0**-126).to(torch.bfloat16)
+    codes = (full / scale.float().unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
+    return codes.contiguous(), scale
+
+
+def _hold_int4(weight: Tensor | GroupQuantized) -> tuple[Tensor, ...]:
+    """Codes 0 … 15 with scale and zero for each 32 inputs: w = (code - 8) · scale + zero, scale and zero in bf16.
+
+    A file's own 4-bit codes in groups of 32 are taken as they are; anything else is fitted to its range.
+    """
+    if isinstance(weight, GroupQuantized) and weight.bits == 4 and weight.group == GROUP and weight.shape[1] % 64 == 0:
+        codes, scale, zero = weight.unpacked(), weight.scale.float(), weight.zero.float()
+        codes, scale, zero = (_padded(t, columns=False) for t in (codes, scale, zero))
+    else:
+        grouped = _padded(dense(weight)).unflatten(1, (-1, GROUP))
+        zero = grouped.amin(dim=-1)
+        scale = ((grouped.amax(dim=-1) - zero) / 15).clamp_min(2.0**-126)
+        codes = ((grouped - zero.unsqueeze(-1)) / scale.unsqueeze(-1)).round().clamp(0, 15).flatten(1)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+    grid = torch.stack((scale, zero + 8 * scale), dim=-1).transpose(0, 1).contiguous().to(torch.bfloat16)
+    return packed, grid
+
+
+def _padded(x: Tensor, columns: bool = True) -> Tensor:
+    """Zeros up to a multiple of 64 outputs, and of 64 inputs."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % 64 if columns else 0, 0, -x.shape[0] % 64))
+
+
+_multiples: dict[tuple[object, ...], int] = {}
+
+
+def row_multiple(linear: Linear) -> int:
+    """The number of rows to pad to, so that a row's bits don't depend on how many are beside it: found by trying.
+
+    Raises:
+        WeightsError: no padding up to 64 rows gives that on this machine.
+    """
+    key = (linear.format, linear.outputs, linear.inputs, linear.held[0].device)
+    if key not in _multiples:
+        _multiples[key] = _probe(linear)
+    return _multiples[key]
+
+
+def _probe(linear: Linear) -> int:
+    generator = torch.Generator().manual_seed(0)
+    device = linear.held[0].device
+    total = 320 if linear.outputs * linear.inputs < 4_000_000 else 64
+    x = torch.randn((total, linear.inputs + linear._wide), generator=generator).to(device)
+    full = linear._product(x)
+    for multiple in (1, 4, 8, 16, 32, 64):
+        sizes = {-(-rows // multiple) * multiple for rows in (1, 2, 3, 5, 8, 9, 13, 16, 33, 64, 100, 256)}
+        if all(torch.equal(linear._product(x[:m].contiguous()), full[:m]) for m in sorted(sizes) if m <= total):
+            return multiple
+    raise WeightsError(
+        f"{linear.format} products of {linear.inputs} x {linear.outputs} round differently with the number of rows "
+        "on this machine, so that answers would depend on batching; use another --weights format"
+    )

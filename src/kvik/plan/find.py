@@ -37,9 +37,8 @@ def lookup(model: str) -> ModelShape:
     plain = ALIASES.get(plain, plain)
     if plain in CONFIGS:
         return from_config(CONFIGS[plain], plain)
-    path = Path(model).expanduser()
-    if path.suffix in (".json", ".gguf") or path.exists() or model.startswith((".", "/", "~")):
-        return _from_path(path)
+    if _is_path(model):
+        return _from_path(Path(model))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model, flags=re.ASCII):
         return _from_json(_download(model), model)
     near = " or ".join(difflib.get_close_matches(plain, [*CONFIGS, *ALIASES], n=3, cutoff=0.5))
@@ -47,7 +46,20 @@ def lookup(model: str) -> ModelShape:
     raise ConfigError(f"{model!r} is no well-known model; {hint}")
 
 
+def _is_path(model: str) -> bool:
+    if model.endswith((".json", ".gguf")) or model.startswith((".", "/", "~")):
+        return True
+    try:
+        return bool(model.strip()) and Path(model).exists()
+    except (OSError, ValueError):  # too long, or characters that no path has
+        return False
+
+
 def _from_path(path: Path) -> ModelShape:
+    try:
+        path = path.expanduser()
+    except RuntimeError:
+        raise StorageError(f"{path} can't be read: there is no such user") from None
     if path.is_dir():
         return _from_json(path / "config.json", path.resolve().name)
     if path.suffix == ".gguf":

@@ -123,7 +123,7 @@ def from_config(config: Mapping[str, Any], name: str | None = None) -> ModelShap
     """
     if not isinstance(config, Mapping):
         raise ConfigError("config.json must hold an object with the model's sizes")
-    family = str(config.get("model_type", "unknown"))
+    family = str(config.get("model_type", "unknown"))[:60]
     text = config.get("text_config")
     if isinstance(text, Mapping):
         outer = {"model_type": family, "torch_dtype": config.get("torch_dtype", config.get("dtype"))}

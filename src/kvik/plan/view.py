@@ -35,8 +35,8 @@ def render_list(plans: Sequence[Plan], console: Console) -> None:
     console.print()
     for line in (
         f"cache {kinds[0]}, weights {kinds[1]}, one sequence; 1 KiB is 1024 bytes",
-        "a token    bytes that a token adds to the cache; a→b: b once the model's windows are full",
-        "in full    the cache at full context, with what cross-attention keeps",
+        "a token    what a token adds to the cache; a→b: b once the windows are full",
+        "in full    the cache at full context, and what cross-attention keeps",
         "outweighs  tokens from which the cache is larger than the weights",
     ):
         console.print(Text(line, style="dim"))
@@ -64,15 +64,14 @@ def _row(plan: Plan) -> tuple[str, ...]:
 
 def _title(plan: Plan) -> Text:
     shape = plan.shape
-    parts = ["parameters unknown" if shape.parameters is None else f"{shape.parameters:,} parameters"]
+    counted = "parameters unknown" if shape.parameters is None else f"{shape.parameters:,} parameters"
+    parts = []
     if shape.layers:
-        heads = shape.layers[0].heads
-        latent = [name for name, _ in shape.layers[0].streams] != ["k", "v"]
-        shared = "one latent" if latent else f"{heads} KV of {shape.layers[0].streams[0][1]}"
+        layer = shape.layers[0]
+        shared = f"{layer.heads} KV of {layer.streams[0][1]}" if layer.streams[0][0] == "k" else "one latent"
         parts += [f"{len(shape.layers)} layers", f"{shape.query_heads} heads, {shared}"]
-    if shape.context:
-        parts.append(f"context {shape.context:,}")
-    return Text.assemble((shape.name, "bold"), "  ", (" · ".join(parts), "dim"))
+    parts += [f"d_model {shape.d_model}"] + [f"context {shape.context:,}"] * (shape.context is not None)
+    return Text.assemble((shape.name, "bold"), f"  {counted}\n", (" · ".join(parts), "dim"))
 
 
 def _sizes(plan: Plan) -> Table:
@@ -90,7 +89,11 @@ def _sizes(plan: Plan) -> Table:
         table.add_row(f"weights, {plan.weights.name}", "unknown", "", "")
     else:
         add(f"weights, {plan.weights.name}", plan.weight_bytes)
-    add(f"cache, {plan.kv}: a token", plan.per_token.payload)
+    if plan.spec is None:
+        add("cache", 0, "bold")
+        return table
+    kv = plan.kv if len(plan.kv) < 12 else "as below"
+    add(f"cache, {kv}: a token", plan.per_token.payload)
     if plan.per_token != plan.per_token_later:
         add("  a token, windows full", plan.per_token_later.payload)
     if plan.cross_spec:
@@ -112,6 +115,8 @@ def _facts(plan: Plan) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     _add_lines(table, "formula", _formula(plan))
+    if len(plan.kv) >= 12:
+        table.add_row("spec", plan.kv)
     if plan.textbook:
         table.add_row("textbook", f"{plan.textbook.text} = {plan.textbook.payload:,} B")
         table.add_row("", _verdict(plan))
@@ -148,10 +153,9 @@ def _verdict(plan: Plan) -> Text:
         return Text(
             "right here" + (f", by accident: {why}" if why else ": every query head has its own k and v"), "green"
         )
-    size = f"{ratio:.1f}× too much" if ratio > 1 else f"{1 / ratio:.1f}× too little"
-    if 1 < ratio < 1.05 or 0.95 < ratio < 1:
-        size = f"{abs(ratio - 1):.1%} too {'much' if ratio > 1 else 'little'}"
-    return Text(f"{size}: {why}", "yellow")
+    factor = max(ratio, 1 / ratio)
+    size = f"{factor:.1f}×" if factor >= 1.05 else f"{abs(ratio - 1):.1%}"
+    return Text(f"{size} too {'much' if ratio > 1 else 'little'}: {why}", "yellow")
 
 
 def _outweighs(tokens: int | None, each: str) -> str:
@@ -166,15 +170,20 @@ def _fit(plan: Plan) -> list[str | Text]:
         return ["what fits can't be said: the weights are unknown"]
     if fit.memory < (plan.weight_bytes or 0):
         short = (plan.weight_bytes or 0) - fit.memory
-        return [Text(f"{format_bytes(fit.memory)} can't hold the weights: {format_bytes(short)} short", "red")]
-    first = f"{format_bytes(fit.memory)}, of which the weights leave {format_bytes(fit.room)}: "
+        return [Text(f"{_memory(fit.memory)} can't hold the weights: {format_bytes(short)} short", "red")]
+    first = f"{_memory(fit.memory)}, of which the weights leave {format_bytes(fit.room)}: "
     verdict = Text(first + ("this fits" if fit.fits else "this does not fit"), "green" if fit.fits else "red")
     if plan.spec is None:
         return [verdict]
-    longest = "any" if fit.tokens is None else f"{fit.tokens:,} tokens"
+    longest = "any" if fit.tokens is None else f"{fit.tokens:,} tokens" if fit.tokens else "none"
     plural = "sequence" if plan.batch == 1 else "sequences"
     return [
         verdict,
-        f"largest batch at {plan.tokens:,} tokens: {fit.batch:,}",
+        f"largest batch at {plan.tokens:,} tokens: {f'{fit.batch:,}' if fit.batch else 'none'}",
         f"longest context with {plan.batch:,} {plural}: {longest}",
     ]
+
+
+def _memory(count: int) -> str:
+    """A size in the kind of unit that it was most likely given in."""
+    return format_bytes(count, decimal=count % 2**20 != 0 and count % 10**6 == 0)

@@ -1,0 +1,153 @@
+"""A model ready to run: configuration, weights as they are held, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from kvik.cache.cache import Cache
+from kvik.cache.prefix import digest
+from kvik.cache.sequence import Sequence as KVSequence
+from kvik.cache.spec import LayerShape, Spec
+from kvik.cache.step import Step
+from kvik.errors import ContextError, UsageError
+from kvik.models.config import Config
+from kvik.models.gpt2 import GPT2
+from kvik.models.llama import Llama
+from kvik.models.parts import Source, nbytes
+from kvik.models.tokenizer import Tokenizer
+from kvik.ops.linear import FORMATS, Format, GroupQuantized
+
+Weights = Literal["auto", "f32", "bf16", "int8", "int4"]
+
+
+class Decoder(Protocol):
+    """What a family's file provides."""
+
+    config: Config
+    layers: list[LayerShape]
+
+    def forward(self, step: Step, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Takes a step's tokens through all layers; logits of the chosen rows."""
+
+
+FAMILIES: dict[str, Callable[[Config, Source], Decoder]] = {"llama": Llama, "gpt2": GPT2}
+
+
+class Model:
+    """A decoder that runs chunks of many Sequences.
+
+    Attributes:
+        config: its sizes.
+        decoder: the network.
+        tokenizer: None where the folder has none and none is needed.
+        weights: how linear weights are held.
+        fingerprint: names the weights as they are held, for the cache's keys.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tensors: dict[str, Tensor | GroupQuantized],
+        *,
+        weights: Weights = "auto",
+        device: str | torch.device = "cpu",
+        fingerprint: str = "",
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        """
+        Args:
+            tensors: by canonical name, checked against the configuration.
+            weights: auto = the smallest format that holds them as the file does.
+            fingerprint: of the file.
+        """
+        if weights not in get_args(Weights):
+            raise UsageError(f"weights {weights!r}: use auto, {', '.join(FORMATS)}")
+        self.config = config
+        self.device = torch.device(device)
+        self.weights: Format = _natural(tensors) if weights == "auto" else weights
+        if weights == "auto" and self.device.type != "cpu" and self.weights in ("int8", "int4"):
+            self.weights = "bf16"
+        with torch.inference_mode():
+            self.decoder = FAMILIES[config.family](config, Source(tensors, self.weights, self.device))
+        self.tokenizer = tokenizer
+        self.fingerprint = digest(file=fingerprint.encode(), held=self.weights.encode()).hex()
+        self.nbytes = nbytes(self.decoder)
+
+    def spec(self, kv: str = "bf16") -> Spec:
+        """What a cache for this model keeps under a spec string."""
+        return Spec.parse(kv, self.decoder.layers)
+
+    def cache(self, kv: str = "bf16", *, memory: int | None = None, shares: bool = True) -> Cache:
+        """A cache for this model's rows; see `Cache`."""
+        return Cache(self.spec(kv), memory=memory, weights=self.fingerprint, shares=shares, device=self.device)
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[tuple[KVSequence, Sequence[int]]], every: bool = False) -> Tensor:
+        """Appends a chunk of tokens to each sequence: prefill and decode alike.
+
+        Args:
+            chunks: sequences of one cache, and at least one new token id for each.
+            every: logits of every new token instead of each chunk's last.
+
+        Returns:
+            f32 [number of chunks, or of tokens; vocabulary].
+
+        Raises:
+            ContextError: a sequence would pass the model's last position; nothing changed.
+            BudgetError: the cache has no room; nothing changed.
+        """
+        for sequence, tokens in chunks:
+            self.check_context(len(sequence) + len(tokens))
+        with chunks[0][0].cache.step(chunks) as step:
+            tokens = torch.tensor(step.tokens, device=self.device)
+            if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
+                raise UsageError(f"token ids must be 0 to {self.config.vocab_size - 1}; got {int(tokens.min())} to {int(tokens.max())}")
+            rows = torch.arange(len(step.tokens)) if every else torch.tensor(step.last)
+            return self.decoder.forward(step, tokens, rows.to(self.device))
+
+    def check_context(self, tokens: int) -> None:
+        """Raises ContextError if a text of so many tokens is longer than the model's positions."""
+        if tokens > self.config.max_positions:
+            raise ContextError(
+                f"{tokens:,} tokens are more than the {self.config.max_positions:,} positions of {self.config.name}; "
+                "shorten the prompt or choose a model with a longer context"
+            )
+
+
+def load(model: str | Path = "smollm2", *, weights: Weights = "auto", device: str = "cpu") -> Model:
+    """Loads a model: `smollm2`, a safetensors folder, a GGUF file, or a hub id. The first time may download and prepare.
+
+    Raises:
+        ModelError, StorageError, UsageError: see `kvik.errors`.
+    """
+    from kvik.models import prepare
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda': torch sees no CUDA device here; use --device cpu")
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r}: use cpu or cuda")
+    loaded = prepare.load(prepare.resolve(str(model)))
+    tokenizer = Tokenizer(loaded.tokenizer_folder)
+    return Model(
+        loaded.config, loaded.tensors,
+        weights=weights, device=device, fingerprint=loaded.fingerprint, tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def _natural(tensors: dict[str, Tensor | GroupQuantized]) -> Format:
+    """The smallest format that loses nothing, or next to nothing, of what most weights are stored as."""
+    sizes: dict[Format, int] = dict.fromkeys(FORMATS, 0)
+    for tensor in tensors.values():
+        if len(tensor.shape) < 2:
+            continue
+        if isinstance(tensor, GroupQuantized):
+            kind: Format = "int4" if tensor.bits == 4 else "int8"
+        else:
+            kind = "f32" if tensor.dtype == torch.float32 else "bf16"
+        sizes[kind] += tensor.shape[0] * tensor.shape[1]
+    return max(sizes, key=lambda fmt: sizes[fmt])

@@ -1,0 +1,96 @@
+"""What the families share: turning by position, and reading their weights in the form that is asked for.
+
+Legend: T tokens of a step, H heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvik.models.rope import Rope
+from kvik.ops.linear import Format, GroupQuantized, Linear, dense, stack
+
+
+class Rotation:
+    """Rotary position embedding (RoFormer, arXiv:2104.09864) over neighbouring pairs of channels.
+
+    Transformers pairs channel i with i + D/2; `paired` reorders a projection's outputs so that pairs are neighbours,
+    which changes no score: queries and keys are reordered alike. A pair is then one complex number, turned by one product.
+    """
+
+    def __init__(self, rope: Rope, device: torch.device) -> None:
+        self.frequencies, self.factor = rope.frequencies()
+        self.device = device
+
+    def angles(self, positions: list[int]) -> Tensor:
+        """complex64 [T, 1, D/2]; the angles themselves are computed in float64."""
+        turns = torch.tensor(positions, dtype=torch.float64).unsqueeze(1) * self.frequencies
+        return torch.polar(torch.full_like(turns, self.factor), turns).to(torch.complex64).unsqueeze(1).to(self.device)
+
+    def turn(self, x: Tensor, angles: Tensor) -> Tensor:
+        """f32 [T, H, D] by the angles of its T positions."""
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * angles).flatten(-2)
+
+
+def paired(weight: Tensor | GroupQuantized, heads: int) -> Tensor | GroupQuantized:
+    """A projection [H·D, K] (or bias [H·D]) with each head's channels in the order 0, D/2, 1, D/2 + 1, …"""
+    width = weight.shape[0] // heads
+    index = torch.arange(heads * width).view(heads, 2, width // 2).transpose(1, 2).reshape(-1)
+    return weight.rows(index) if isinstance(weight, GroupQuantized) else weight[index]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's tensors, and the form in which its linear weights are to be held."""
+
+    tensors: Mapping[str, Tensor | GroupQuantized]
+    format: Format
+    device: torch.device
+
+    def vector(self, name: str) -> Tensor:
+        """A norm's weight, a bias or a small table, as f32."""
+        return dense(self.tensors[name]).to(self.device)
+
+    def linear(self, *names: str, bias: bool = False, turned: tuple[int, ...] = (), flip: bool = False) -> Linear:
+        """One product for several projections of the same inputs.
+
+        Args:
+            names: of modules; `.weight` and `.bias` are added.
+            bias: whether they have one.
+            turned: for the first len(turned) of them, how many heads their outputs are; those are `paired`.
+            flip: they are stored [in, out] (GPT-2's Conv1D).
+        """
+        weights = [self.tensors[f"{name}.weight"] for name in names]
+        biases = [dense(self.tensors[f"{name}.bias"]) for name in names] if bias else []
+        for index, heads in enumerate(turned):
+            weights[index] = paired(weights[index], heads)
+            if bias:
+                biases[index] = dense(paired(biases[index], heads))
+        if flip:
+            weights = [dense(weight).t() for weight in weights]
+        return Linear(stack(*weights), torch.cat(biases) if bias else None, self.format, self.device)
+
+    def embedding(self, name: str) -> Linear:
+        """A table that may also be the head: int4 is too coarse for it, int8 is used instead."""
+        fmt: Format = "int8" if self.format == "int4" else self.format
+        return Linear(self.tensors[f"{name}.weight"], None, fmt, self.device)
+
+
+def nbytes(item: object) -> int:
+    """Bytes of all tensors under an object, each counted once."""
+    return _nbytes(item, set())
+
+
+def _nbytes(item: object, seen: set[int]) -> int:
+    if id(item) in seen:
+        return 0
+    seen.add(id(item))
+    if isinstance(item, Tensor):
+        return item.numel() * item.element_size()
+    if isinstance(item, list | tuple):
+        return sum(_nbytes(each, seen) for each in item)
+    return sum(_nbytes(each, seen) for each in vars(item).values()) if hasattr(item, "__dict__") else 0

