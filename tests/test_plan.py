@@ -131,6 +131,10 @@ def test_where_the_textbook_is_wrong_the_plan_says_why(model: str, ratio: float,
     assert (reason is None and plan.reasons == ()) or any(reason in line for line in plan.reasons if reason)
 
 
+def test_a_window_as_long_as_the_text_is_no_reason() -> None:
+    assert run_plan("mistral-7b-v0.1", context=4096).reasons == ("32 query heads share 8 KV heads",)
+
+
 def test_the_cache_outweighs_the_weights_from_exactly_the_token_that_is_named() -> None:
     for model, kv, batch in (("smollm2", "f16", 1), ("gemma-3-1b", "int8", 3), ("whisper-base", "k8v4", 2)):
         plan = run_plan(model, kv=kv, batch=batch)
@@ -159,6 +163,17 @@ def test_what_fits_is_the_largest_that_the_spec_says_fits(model: str, kv: str, m
     assert spec.nbytes(fit.tokens, 2).allocated <= fit.room < spec.nbytes(fit.tokens + 1, 2).allocated
     assert spec.nbytes(2000, fit.batch).allocated <= fit.room < spec.nbytes(2000, fit.batch + 1).allocated
     assert fit.fits
+
+
+def test_what_fits_holds_at_every_length_on_the_way_not_only_at_the_last() -> None:
+    shape, kv = lookup("smollm2"), "int8+window:64,sinks:4"
+    spec, weights = Spec.parse(kv, shape.layers), make_plan(shape).weight_bytes
+    assert weights is not None
+    assert spec.nbytes(128).allocated < spec.nbytes(127).allocated, "a window lets go of a page here"
+    for tokens in range(90, 170):
+        most = max(spec.nbytes(n).allocated for n in range(tokens + 1))
+        fits = [make_plan(shape, kv=kv, context=tokens, memory=weights + most - less).fit for less in (0, 1)]
+        assert [fit.batch for fit in fits if fit] == [1, 0]
 
 
 def test_the_longest_context_is_any_where_windows_bound_it_and_none_where_weights_do_not_fit() -> None:
@@ -252,6 +267,12 @@ def test_a_plan_prints_its_exact_bytes_at_80_columns(model: str) -> None:
     assert f"{plan.weight_bytes:,}" in text
     assert plan.spec is None or f"{plan.total.payload:,}" in text
     assert "…" not in text
+
+
+def test_a_plan_with_unknown_parameters_prints_and_says_so() -> None:
+    text = printed(render_plan, make_plan(from_config({**LLAMA, "model_type": "novel"}), memory=2**30))
+    assert "parameters unknown" in text
+    assert "what fits can't be said" in text
 
 
 def test_a_plan_is_plain_json_with_the_same_figures() -> None:

@@ -83,7 +83,8 @@ TINY: list[tuple[str, dict[str, Any]]] = [
     ("T5ForConditionalGeneration", {"model_type": "t5", "num_layers": 2, "d_model": 24, "d_kv": 5, "num_heads": 4,
                                     "d_ff": 33, "vocab_size": 70, "feed_forward_proj": "gated-gelu"}),
     ("WhisperForConditionalGeneration", {**WHISPER, "decoder_ffn_dim": 44, "encoder_attention_heads": 3,
-                                         "vocab_size": 90, "decoder_attention_heads": 3, "pad_token_id": 0, "num_mel_bins": 7}),
+                                         "vocab_size": 90, "decoder_attention_heads": 3, "pad_token_id": 0,
+                                         "num_mel_bins": 7}),
     ("BertModel", {**LLAMA, "model_type": "bert"}),
 ]  # fmt: skip
 
@@ -241,3 +242,9 @@ def test_a_hub_that_cannot_be_reached_is_one_storage_error(monkeypatch: pytest.M
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     monkeypatch.setattr(hub, "hf_hub_download", lambda *_: str(tmp_path / "config.json"))
     assert lookup("some/model").name == "some/model"
+
+
+def test_mistrals_window_is_the_formats_own_where_absent_and_none_where_null() -> None:
+    config = {**LLAMA, "model_type": "mistral"}
+    assert {layer.window for layer in from_config(config).layers} == {4096}
+    assert {layer.window for layer in from_config({**config, "sliding_window": None}).layers} == {None}

@@ -1,19 +1,20 @@
 """GPT-2 (Radford et al. 2019): learned positions, LayerNorm before each part, biases everywhere, GELU.
 
-    x = x + W_o attention(W_q n, W_k n, W_v n)          n = layernorm(x)
-    x = x + W_proj gelu(W_fc n)                         n = layernorm(x)
+x = x + W_o attention(W_q n, W_k n, W_v n)          n = layernorm(x)
+x = x + W_proj gelu(W_fc n)                         n = layernorm(x)
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import layer_norm
 
 from kvik.cache.spec import LayerShape
 from kvik.cache.step import Step
 from kvik.models.config import Config
 from kvik.models.parts import Source
+from kvik.ops.pointwise import gelu_tanh
 
 
 class Norm:
@@ -66,5 +67,5 @@ class GPT2:
             q, k, v = block.qkv(block.attention_norm(x)).view(len(tokens), 3, config.heads, config.head_dim).unbind(1)
             step.append(layer, k=k, v=v)
             x = x + block.o(step.attend(layer, q, scale=config.head_dim**-0.5).out.flatten(1))
-            x = x + block.proj(gelu(block.fc(block.mlp_norm(x)), approximate="tanh"))
+            x = x + block.proj(gelu_tanh(block.fc(block.mlp_norm(x))))
         return self.head(self.norm(x[rows]))

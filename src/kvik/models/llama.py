@@ -1,18 +1,19 @@
 """Llama (arXiv:2302.13971, 2307.09288), and with it Mistral and SmolLM: rotary positions, grouped queries, RMSNorm, SwiGLU.
 
-    x = x + W_o attention(rotate(W_q n), rotate(W_k n), W_v n)          n = rmsnorm(x)
-    x = x + W_down (silu(W_gate n) · W_up n)                            n = rmsnorm(x)
+x = x + W_o attention(rotate(W_q n), rotate(W_k n), W_v n)          n = rmsnorm(x)
+x = x + W_down (silu(W_gate n) · W_up n)                            n = rmsnorm(x)
 """
 
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import rms_norm, silu
+from torch.nn.functional import rms_norm
 
 from kvik.cache.spec import LayerShape
 from kvik.cache.step import Step
 from kvik.models.config import Config
 from kvik.models.parts import Rotation, Source
+from kvik.ops.pointwise import silu
 
 
 class Block:
@@ -40,7 +41,9 @@ class Llama:
     def __init__(self, config: Config, source: Source) -> None:
         assert config.rope is not None, "the configuration of a Llama has a rotation"
         self.config = config
-        self.layers = [LayerShape(config.kv_heads, (("k", config.head_dim), ("v", config.head_dim)), w) for w in config.windows]
+        self.layers = [
+            LayerShape(config.kv_heads, (("k", config.head_dim), ("v", config.head_dim)), w) for w in config.windows
+        ]
         self.embedding = source.embedding("model.embed_tokens")
         self.blocks = [Block(config, source, layer) for layer in range(config.layers)]
         self.norm = source.vector("model.norm.weight")

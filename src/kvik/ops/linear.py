@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvik.errors import WeightsError
+
 Format = Literal["f32", "bf16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("f32", "bf16", "int8", "int4")
 GROUP = 32  # inputs that share a scale and zero in the int4 format; also the block of GGUF's Q4_0, Q4_1 and Q8_0
@@ -121,7 +123,7 @@ class Linear:
         missing = -rows % self._multiple
         if missing or self._wide:
             x = torch.nn.functional.pad(x, (0, self._wide, 0, missing))
-        y = self._product(x)
+        y = _product(self.format, self.held, x)
         if missing or y.shape[1] != self.outputs:
             y = y[:rows, : self.outputs]
         return y if self.bias is None else y + self.bias
@@ -134,20 +136,22 @@ class Linear:
         assert self.format != "int4", "an embedding is held as int8 at the least"
         return self.held[0][index].to(torch.float32)
 
-    def _product(self, x: Tensor) -> Tensor:
-        if self.format == "f32":
-            return torch.nn.functional.linear(x, self.held[0])
-        x = x.to(torch.bfloat16)
-        if self.format == "bf16":
-            y = torch.nn.functional.linear(x, self.held[0])
-        elif self.format == "int8":
-            y = torch._weight_int8pack_mm(x, self.held[0], self.held[1])
-        else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.held[0], GROUP, self.held[1])
-        return y.to(torch.float32)
-
     def _padded_inputs(self) -> int:
         return -(-self.inputs // 64) * 64 if self.format in ("int8", "int4") else self.inputs
+
+
+def _product(fmt: Format, held: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    """x Wᵀ in the format's one arithmetic: f32 [T, K] → f32 [T, N]."""
+    if fmt == "f32":
+        return torch.nn.functional.linear(x, held[0])
+    x = x.to(torch.bfloat16)
+    if fmt == "bf16":
+        y = torch.nn.functional.linear(x, held[0])
+    elif fmt == "int8":
+        y = torch._weight_int8pack_mm(x, held[0], held[1])
+    else:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, held[0], GROUP, held[1])
+    return y.to(torch.float32)
 
 
 def _hold_f32(weight: Tensor | GroupQuantized) -> tuple[Tensor, ...]:
@@ -205,16 +209,30 @@ def row_multiple(linear: Linear) -> int:
 
 
 def _probe(linear: Linear) -> int:
+    """Compares a product of many rows with the same rows in pieces of many sizes, twice: with the weight itself, and,
+    for float weights, with one whose sums cancel, so that any other order of additions shows even in a bf16 result."""
     generator = torch.Generator().manual_seed(0)
-    device = linear.held[0].device
+    device, wide = linear.held[0].device, linear.inputs + linear._wide
     total = 320 if linear.outputs * linear.inputs < 4_000_000 else 64
-    x = torch.randn((total, linear.inputs + linear._wide), generator=generator).to(device)
-    full = linear._product(x)
-    for multiple in (1, 4, 8, 16, 32, 64):
-        sizes = {-(-rows // multiple) * multiple for rows in (1, 2, 3, 5, 8, 9, 13, 16, 33, 64, 100, 256)}
-        if all(torch.equal(linear._product(x[:m].contiguous()), full[:m]) for m in sorted(sizes) if m <= total):
+    x = torch.randn((total, wide), generator=generator)
+    trials = [(linear.held, x.to(device))]
+    if len(linear.held) == 1:
+        half = torch.randn((min(linear.outputs, 1024), wide - wide // 2), generator=generator)
+        cancelling = torch.cat((half, -half[:, : wide // 2]), dim=1).to(linear.held[0])
+        trials.append(((cancelling,), torch.cat((x[:, : wide - wide // 2], x[:, : wide // 2]), dim=1).to(device)))
+    for multiple in (1, 2, 4, 8, 16, 32, 64):
+        sizes = sorted({-(-rows // multiple) * multiple for rows in (1, 2, 3, 5, 9, 13, 33, 100, 256)})
+        if all(_same_in_pieces(linear.format, held, rows, size) for held, rows in trials for size in sizes):
             return multiple
     raise WeightsError(
         f"{linear.format} products of {linear.inputs} x {linear.outputs} round differently with the number of rows "
         "on this machine, so that answers would depend on batching; use another --weights format"
     )
+
+
+def _same_in_pieces(fmt: Format, held: tuple[Tensor, ...], x: Tensor, size: int) -> bool:
+    if size > x.shape[0]:
+        return True
+    full = _product(fmt, held, x)
+    starts = range(0, x.shape[0] - size + 1, size)
+    return all(torch.equal(_product(fmt, held, x[i : i + size].contiguous()), full[i : i + size]) for i in starts)

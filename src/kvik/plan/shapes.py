@@ -61,10 +61,10 @@ class ModelShape:
 
 
 class _Config:
-    """A config with whole numbers taken by name: the family's defaults stand in for absent keys."""
+    """A config with whole numbers taken by name. The family's defaults stand in for absent keys; null is none."""
 
     def __init__(self, raw: Mapping[str, Any], **defaults: Any) -> None:
-        self.raw = {**defaults, **{key: value for key, value in raw.items() if value is not None}}
+        self.raw = {**defaults, **raw}
 
     def __call__(self, *names: str, least: int = 1) -> int:
         """The first of the keys `names` that is there, as a whole number."""
@@ -85,7 +85,8 @@ class _Config:
 
     def flag(self, name: str, default: bool = False) -> bool:
         """A true or false."""
-        return bool(self.raw.get(name, default))
+        value = self.raw.get(name)
+        return default if value is None else bool(value)
 
     def heads(self) -> tuple[int, int, int]:
         """(query heads, KV heads, width of a head)."""
@@ -98,7 +99,7 @@ class _Config:
     @property
     def weights(self) -> str:
         """The number format of the weights, f16 where the config does not say."""
-        return _DTYPES.get(str(self.raw.get("torch_dtype", self.raw.get("dtype"))).removeprefix("torch."), "f16")
+        return _DTYPES.get(str(self.raw.get("torch_dtype") or self.raw.get("dtype")).removeprefix("torch."), "f16")
 
 
 def kv(heads: int, width: int, window: int | None = None) -> LayerShape:
@@ -189,8 +190,9 @@ def _llama(c: _Config) -> ModelShape:
 
 
 def _mistral(c: _Config) -> ModelShape:
-    c = _Config(c.raw, num_key_value_heads=8)
-    experts = c("num_local_experts") if c.raw["model_type"] == "mixtral" else 0
+    mixtral = c.raw["model_type"] == "mixtral"
+    c = _Config(c.raw, num_key_value_heads=8, sliding_window=None if mixtral else 4096)
+    experts = c("num_local_experts") if mixtral else 0
     return _decoder(c, _gated(c, experts=experts), [c.maybe("sliding_window")] * c("num_hidden_layers"))
 
 

@@ -102,7 +102,7 @@ CONFIGS: dict[str, Config] = {
     "smollm2-1.7b": _decoder("llama", 24, 2048, 8192, 32, 32, 49152, 8192, tie_word_embeddings=True),
     # arXiv:2310.06825 (v0.1 has the window, v0.3 has not), arXiv:2401.04088
     "mistral-7b-v0.1": _decoder("mistral", 32, 4096, 14336, 32, 8, 32000, 32768, sliding_window=4096),
-    "mistral-7b-v0.3": _decoder("mistral", 32, 4096, 14336, 32, 8, 32768, 32768),
+    "mistral-7b-v0.3": _decoder("mistral", 32, 4096, 14336, 32, 8, 32768, 32768, sliding_window=None),
     "mixtral-8x7b": _decoder("mixtral", 32, 4096, 14336, 32, 8, 32000, 32768, num_local_experts=8),
     # arXiv:2412.15115, arXiv:2505.09388 and the published configs
     "qwen2.5-0.5b": _decoder("qwen2", 24, 896, 4864, 14, 2, 151936, 32768, tie_word_embeddings=True),
