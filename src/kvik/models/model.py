@@ -121,8 +121,20 @@ class Model:
             )
 
 
-def load(model: str | Path = "smollm2", *, weights: Weights = "auto", device: str = "cpu") -> Model:
+def load(
+    model: str | Path = "smollm2",
+    *,
+    weights: Weights = "auto",
+    device: str = "cpu",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Model:
     """Loads a model: `smollm2`, a safetensors folder, a GGUF file, or a hub id. The first time may download and prepare.
+
+    Args:
+        model: name or path.
+        weights: how linear weights are held; auto = as the file holds them.
+        device: cpu or cuda.
+        progress: called with (what happens now, steps done, steps in all) while a model is prepared.
 
     Raises:
         ModelError, StorageError, UsageError: see `kvik.errors`.
@@ -133,7 +145,7 @@ def load(model: str | Path = "smollm2", *, weights: Weights = "auto", device: st
         raise UsageError("device 'cuda': torch sees no CUDA device here; use --device cpu")
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r}: use cpu or cuda")
-    loaded = prepare.load(prepare.resolve(str(model)))
+    loaded = prepare.load(prepare.resolve(str(model), progress or prepare.quiet))
     tokenizer = Tokenizer(loaded.tokenizer_folder)
     return Model(
         loaded.config, loaded.tensors,

@@ -1,0 +1,211 @@
+"""One request's text, token by token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvik.cache.sequence import Sequence as KVSequence
+from kvik.cache.spec import Bytes
+from kvik.engine.sampling import Sampling, choose
+from kvik.errors import UsageError
+from kvik.models.model import Model
+
+CHUNK = 512  # prompt tokens that go through the model at once: bounds memory, changes no bit (law 1)
+FinishReason = Literal["stop", "length", "interrupted"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_tokens: new tokens at the most; None = up to the model's last position.
+        stop: texts that end the answer; they are not part of it.
+        sampling: how tokens are chosen.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise UsageError("the prompt is empty; give at least one token of text")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UsageError(f"max-tokens {self.max_tokens}: use at least 1")
+        if not all(self.stop):
+            raise UsageError("an empty stop text would end every answer before it starts; leave it out")
+
+
+class Generation:
+    """An answer in the making: iterate over it for the pieces of its text.
+
+    Attributes:
+        token_ids: new ids so far, the one that ended the text included.
+        text: the text so far.
+        cached_tokens: prompt tokens that the sequence already held.
+        finish_reason: "stop" (an end-of-sequence token or stop text), "length", "interrupted"; None while it goes on.
+        note: for `length`: which limit it was, and the way out.
+        ttft_s: seconds to the first token.
+        tokens_per_s: of the tokens after the first.
+        nbytes: what the sequence held at the end.
+    """
+
+    def __init__(self, model: Model, request: Request, sequence: KVSequence | None) -> None:
+        """
+        Args:
+            model: with a tokenizer.
+            request: what is asked.
+            sequence: holds a beginning of the prompt, possibly nothing, and takes the rest and the answer. None keeps
+                no cache: everything is computed anew at every step.
+
+        Raises:
+            ContextError: the prompt leaves no position for an answer.
+        """
+        assert model.tokenizer is not None, "text needs a tokenizer"
+        model.check_context(len(request.prompt) + 1)
+        self.model, self.request, self.sequence = model, request, sequence
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self.note = ""
+        self.cached_tokens = 0 if sequence is None else len(sequence)
+        self.ttft_s = self.tokens_per_s = 0.0
+        self.nbytes = Bytes(0, 0)
+        self._decoder = model.tokenizer.stream()
+        self._held_back = ""
+        room = model.config.max_positions - len(request.prompt)
+        self._limit = room if request.max_tokens is None else min(request.max_tokens, room)
+        self._full = self._limit == room
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of text as soon as they are certain."""
+        started = first = time.perf_counter()
+        try:
+            logits = self._prefill()
+            while True:
+                token = choose(logits, self.request.sampling, len(self.request.prompt) + len(self.token_ids))
+                self.token_ids.append(token)
+                if len(self.token_ids) == 1:
+                    first = time.perf_counter()
+                    self.ttft_s = first - started
+                piece = self._take(token)
+                if self.finish_reason is not None:
+                    piece += self._flush()
+                if piece:
+                    self.text += piece
+                    yield piece
+                if self.finish_reason is not None:
+                    return
+                logits = self._advance([token])
+        except KeyboardInterrupt:
+            self.finish_reason = "interrupted"
+            raise
+        finally:
+            elapsed = time.perf_counter() - first
+            self.tokens_per_s = (len(self.token_ids) - 1) / elapsed if len(self.token_ids) > 1 else 0.0
+            if self.sequence is not None and not self.sequence.closed:
+                self.nbytes = self.sequence.nbytes
+
+    def run(self) -> Generation:
+        """To the end; returns itself."""
+        for _ in self:
+            pass
+        return self
+
+    def _prefill(self) -> Tensor:
+        return self._advance(list(self.request.prompt[self.cached_tokens :]))
+
+    def _advance(self, tokens: list[int]) -> Tensor:
+        """Logits after some more tokens: f32 [vocabulary]."""
+        if self.sequence is None:
+            with self.model.cache("f32", shares=False).open() as sequence:
+                return self._chunked(sequence, [*self.request.prompt, *self.token_ids])
+        return self._chunked(self.sequence, tokens)
+
+    def _chunked(self, sequence: KVSequence, tokens: list[int]) -> Tensor:
+        logits = torch.empty(0)
+        for start in range(0, len(tokens), CHUNK):
+            logits = self.model.run([(sequence, tokens[start : start + CHUNK])])[0]
+            sequence.settle()
+        return logits
+
+    def _take(self, token: int) -> str:
+        """Text that is certain after this token; sets the reason if it was the last."""
+        if token in self.model.config.eos_ids:
+            self.finish_reason = "stop"
+            return ""
+        self._held_back += self._decoder.step(token)
+        for stop in self.request.stop:
+            at = self._held_back.find(stop)
+            if at >= 0:
+                self._held_back, self.finish_reason = self._held_back[:at], "stop"
+        if self.finish_reason is None and len(self.token_ids) >= self._limit:
+            self.finish_reason = "length"
+            self.note = self._why_length()
+        safe = len(self._held_back) - _overlap(self._held_back, self.request.stop)
+        piece, self._held_back = self._held_back[:safe], self._held_back[safe:]
+        return piece
+
+    def _flush(self) -> str:
+        stopped = self.finish_reason == "stop" and self.token_ids[-1] not in self.model.config.eos_ids
+        rest = self._held_back + ("" if stopped else self._decoder.finish())
+        self._held_back = ""
+        return rest
+
+    def _why_length(self) -> str:
+        if not self._full:
+            return f"stopped after {self._limit} new tokens; raise --max-tokens for more"
+        positions = self.model.config.max_positions
+        return f"stopped at the model's last position, {positions:,}; shorten the prompt, start anew, or use a model with more"
+
+
+def _overlap(text: str, stops: Sequence[str]) -> int:
+    """How many last characters of the text may be the beginning of a stop text."""
+    return max((n for stop in stops for n in range(1, min(len(stop), len(text)) + 1) if text.endswith(stop[:n])), default=0)
+
+
+def generate(
+    model: Model,
+    prompt: str,
+    *,
+    kv: str = "bf16",
+    raw: bool = False,
+    max_tokens: int | None = None,
+    stop: tuple[str, ...] = (),
+    sampling: Sampling | None = None,
+    memory: int | None = None,
+) -> Iterator[str]:
+    """An answer's text, piece by piece, over a cache of its own that is given back at the end.
+
+    Args:
+        model: from `kvik.load`.
+        prompt: what the user says; `raw=True` takes it as the beginning of the text instead.
+        kv: what the cache keeps, a spec string, or "none".
+        max_tokens: new tokens at the most.
+        stop: texts that end the answer.
+        sampling: greedy where None.
+        memory: the cache's budget in bytes.
+    """
+    request = Request(encode_prompt(model, prompt, raw=raw), max_tokens, stop, sampling or Sampling())
+    if kv == "none":
+        yield from Generation(model, request, None)
+        return
+    with model.cache(kv, memory=memory, shares=False).open() as sequence:
+        yield from Generation(model, request, sequence)
+
+
+def encode_prompt(model: Model, prompt: str, *, raw: bool = False) -> list[int]:
+    """The token ids of one user message in the model's chat format, or of the text as it is."""
+    assert model.tokenizer is not None, "text needs a tokenizer"
+    if raw:
+        return model.tokenizer.encode(prompt, add_special_tokens=True)
+    return model.tokenizer.encode(model.tokenizer.chat([{"role": "user", "content": prompt}]))
