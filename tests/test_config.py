@@ -78,8 +78,8 @@ def test_frequencies_equal_those_of_transformers(name, theta):
 
 
 def test_default_frequencies_are_float64_and_not_rounded_float32():
-    frequencies, _ = Rope(10_000.0, 64).frequencies()
-    assert frequencies[7].item() == pytest.approx(10_000.0 ** (-14 / 64), rel=1e-15)
+    frequencies, _ = Rope(10_000.0, 96).frequencies()
+    assert frequencies.tolist() == pytest.approx([10_000.0 ** (-2 * i / 96) for i in range(48)], rel=1e-14)
 
 
 def test_explicit_factors_divide_the_frequencies_and_give_llama3_again():

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kvik.errors import TokenizerError
 from kvik.models.template import ChatTemplate
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.tokenizer import TextStream, Tokenizer
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}"
@@ -133,6 +133,35 @@ def test_a_stream_of_any_ids_never_fails_and_makes_the_decoded_text(folder, ids)
     for skip in (True, False):
         stream = tokenizer.stream(skip_special=skip)
         assert "".join(stream.step(i) for i in ids) + stream.finish() == tokenizer.decode(ids, skip_special=skip)
+
+
+def byte_fallback():
+    """A tokenizer like Llama 2's: ids 0 to 255 are bytes, 256 to 258 text."""
+    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {"▁a": 256, "b": 257, "▁": 258, "<unk>": 259}
+    made = Backend(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    return made
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, 258) | st.integers(256, 258), max_size=24))
+def test_a_stream_goes_on_behind_bytes_that_are_no_text(ids):
+    """DecodeStream itself gives up on such runs, for every id that follows."""
+    stream = TextStream(byte_fallback(), True)
+    for i in ids:
+        stream.step(i)
+    assert [stream.step(i) for i in (258, 256, 257, 256)][1:] == [" a", "b", " a"]
+    assert stream.finish() == ""
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=12))
+def test_a_stream_of_fallback_bytes_makes_the_decoded_text(text):
+    made = byte_fallback()
+    ids = [257, *text.encode(), 256]
+    stream = TextStream(made, True)
+    assert "".join(stream.step(i) for i in ids) + stream.finish() == made.decode(ids) == f"b{text} a"
 
 
 def test_a_stream_gives_a_character_as_soon_as_it_is_complete(folder):

@@ -93,38 +93,51 @@ class Tokenizer:
 
 
 class TextStream:
-    """Token ids in, text out as soon as it is certain; the pieces and `finish` make exactly what `decode` gives."""
+    """Token ids in, text out as soon as it is certain. The pieces and `finish` make what `decode` gives.
+
+    Only where bytes make no UTF-8 may a tokenizer with byte fallback differ: there `decode` turns a whole run of bytes
+    into U+FFFD, of which this stream has given the first letters already.
+    """
 
     def __init__(self, backend: Backend, skip_special: bool) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._backend = backend
         self._skip_special = skip_special
-        self._decoder: DecodeStream | None = DecodeStream(skip_special_tokens=skip_special)
-        self._ids: list[int] = []
-        self._given = ""
+        self._decoder = DecodeStream(skip_special_tokens=skip_special)
+        self._context: list[int] = []  # ids of the last piece: how a tokenizer decodes may depend on what is before
+        self._pending: list[int] = []  # ids since then
 
     def step(self, token: int) -> str:
         """The text that this id completes; "" while a character is still in pieces."""
-        self._ids.append(token)
-        piece = ""
-        if self._decoder is not None:
-            try:
-                piece = self._decoder.step(self._backend, token) or ""
-            except Exception:  # it gives up on byte sequences that are no UTF-8; from here on, decode all of it
-                self._decoder = None
-        if self._decoder is None:
-            text = self._backend.decode(self._ids, skip_special_tokens=self._skip_special).rstrip("\ufffd")
-            piece = text[len(self._given) :] if text.startswith(self._given) else ""
-        self._given += piece
+        from tokenizers.decoders import DecodeStream
+
+        self._pending.append(token)
+        try:
+            piece = self._decoder.step(self._backend, token) or ""
+        except Exception:  # it gives up on runs of bytes that are no UTF-8; go on behind them
+            piece = self._rest()
+            self._decoder = DecodeStream(ids=[token], skip_special_tokens=self._skip_special)
+        if piece:
+            self._context, self._pending = self._pending, []
         return piece
 
     def finish(self) -> str:
         """What is left when no more ids come: usually "", or U+FFFD for a character that was never completed."""
-        text: str = self._backend.decode(self._ids, skip_special_tokens=self._skip_special)
-        rest = text[len(self._given) :] if text.startswith(self._given) else ""
-        self._given += rest
+        rest = self._rest()
+        self._pending = []
         return rest
+
+    def _rest(self) -> str:
+        """The text of the pending ids, in their context."""
+        if not self._pending:
+            return ""
+        before, after = (self._text(ids) for ids in (self._context, self._context + self._pending))
+        return after[len(before) :] if after.startswith(before) else self._text(self._pending)
+
+    def _text(self, ids: list[int]) -> str:
+        text: str = self._backend.decode(ids, skip_special_tokens=self._skip_special)
+        return text
 
 
 def _backend(folder: Path) -> Backend:

@@ -19,7 +19,7 @@ from kvik.ops.layout import Codec, RowLayout
 _FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _F16_MAX = 65504.0
 _TINY = 2.0**-126  # the smallest normal bf16: keeps an all-zero row's division finite
-_INT4_EDGES = (8.0, 7.0, 6.5, 9.0)  # the extreme channel's code under each scale that is tried
+_INT4_EDGES = (8.0, 7.0)  # the extreme channel's code under each scale that is tried
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -111,8 +111,12 @@ def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Codes -8 … 7 (stored +8), a scale for each group of channels: of a few candidates the one with the least squared
+    """Codes -8 … 7 (stored +8), a scale for each group of channels: of two candidates the one with the least squared
     error, the first where they tie. The extreme channel lands on the side that has the extra code.
+
+    Measured on SmolLM2 (mean KL of k and v in 4 bits, two texts of 768 tokens, `benchmarks/codecs.py`): with both scales
+    4.4e-2, with the first alone 5.3e-2, with nine 4.6e-2; 16 unevenly spaced codes for a normal distribution 4.5e-2 to
+    4.9e-2. On one text of 1,024: groups of 32 channels 4.8e-2, one scale a row 5.8e-2, without the rotation 17e-2.
     """
     grouped = x.unflatten(-1, (-1, group))
     extreme = grouped.gather(-1, grouped.abs().argmax(dim=-1, keepdim=True))

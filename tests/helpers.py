@@ -1,0 +1,87 @@
+"""Small builders that the cache's tests share."""
+
+import torch
+
+from kvik.cache.cache import Cache
+from kvik.cache.spec import LayerShape, Spec
+
+VOCAB, POSITIONS = 50, 2048
+
+
+def shapes(layers=2, heads=2, width=16, window=None):
+    """What `layers` equal layers keep of a token."""
+    return [LayerShape(heads, (("k", width), ("v", width)), window)] * layers
+
+
+def make_cache(kv="f32", layers=None, memory=8 << 20, page=32, **options):
+    """A cache with a small budget, so that its books are cheap."""
+    return Cache(Spec.parse(kv, layers or shapes(), page), memory=memory, **options)
+
+
+def text(length, seed=0):
+    """Random token ids."""
+    return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class Toy:
+    """What a model is to a cache: each layer's rows and queries are a function of token and position."""
+
+    def __init__(self, layers, shared=2, seed=0):
+        self.layers, self.shared = layers, shared
+        generator = torch.Generator().manual_seed(seed)
+        self.tables = [
+            {
+                name: torch.randn(VOCAB, heads, width, generator=generator)
+                for name, heads, width in (*((n, s.heads, w) for n, w in s.streams), ("q", s.heads * shared, s.streams[0][1]))
+            }
+            for s in layers
+        ]
+        self.places = torch.randn(POSITIONS, 1, max(w for s in layers for _, w in s.streams), generator=generator)
+
+    def row(self, name, layer, tokens, positions):
+        """f32 [T, heads, width] of one stream, or of the queries."""
+        table = self.tables[layer][name][torch.tensor(tokens)]
+        return table + self.places[torch.tensor(positions)][..., : table.shape[-1]]
+
+    def append(self, step, layer):
+        """The rows of a step's tokens, into one layer."""
+        streams = [name for name, _ in self.layers[layer].streams]
+        step.append(layer, **{name: self.row(name, layer, step.tokens, step.positions) for name in streams})
+
+    def run(self, chunks, **options):
+        """One step of (sequence, tokens) pairs: a list of [tokens, layers, heads, width]."""
+        with chunks[0][0].cache.step(chunks) as step:
+            outs = []
+            for layer in range(len(self.layers)):
+                self.append(step, layer)
+                q = self.row("q", layer, step.tokens, step.positions)
+                outs.append(step.attend(layer, q, scale=q.shape[-1] ** -0.5, **options).out)
+        return list(torch.stack(outs, dim=1).split([len(tokens) for _, tokens in chunks]))
+
+    def fill(self, sequence, tokens):
+        """Appends without attending."""
+        with sequence.append(tokens) as step:
+            for layer in range(len(self.layers)):
+                self.append(step, layer)
+
+    def whole(self, cache, tokens, piece=None, settle=True):
+        """A new sequence's outputs over a text, given in pieces: [tokens, layers, heads, width]."""
+        sequence, outs = cache.open(), []
+        for start in range(0, len(tokens), piece or len(tokens)):
+            outs += self.run([(sequence, tokens[start : start + (piece or len(tokens))])])
+            if settle:
+                sequence.settle()
+        sequence.close()
+        return torch.cat(outs)
+
+
+def pages_held(sequence):
+    """Pages that a sequence's tables name."""
+    return sum(table.pages.size for table in sequence.tables)
+
+
+def listening(cache):
+    """The list that will hold every event from now on."""
+    seen = []
+    cache.listen(seen.append)
+    return seen

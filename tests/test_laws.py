@@ -1,0 +1,450 @@
+"""The laws of DESIGN.md. Each is one check; it holds over codecs, retentions and page sizes, and is seen failing once
+its mechanism is sabotaged."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import Toy, make_cache, pages_held, shapes, text
+
+from kvik.cache.arena import Arena
+from kvik.cache.cache import Cache
+from kvik.cache.retention import Retention
+from kvik.cache.sequence import Sequence
+from kvik.cache.step import Step
+from kvik.errors import SequenceError
+from kvik.ops import codecs, reference
+from kvik.ops.layout import CODECS
+
+KV = (*CODECS, "k8v4", "k:f16,v:int4-row")
+RETAINED = ("", "+window:70", "+window:40,sinks:5")
+PAGES = (16, 32, 64, 128)
+LAYERS = shapes(layers=1)
+TOY = Toy(LAYERS)
+
+over_codecs = pytest.mark.parametrize("kv", KV)
+over_retentions = pytest.mark.parametrize("kept", RETAINED)
+over_pages = pytest.mark.parametrize("page", PAGES)
+
+
+def cache_of(kv, kept="", page=32, **options):
+    return make_cache(kv + kept, LAYERS, page=page, **options)
+
+
+def sees(*errors):
+    """What a check raises when its law is broken."""
+    return pytest.raises((AssertionError, *errors))
+
+
+# 1. Row law: the cut cannot show.
+
+PIECES = (256, 37, 1)
+LENGTH = 530
+
+
+def check_cut(cache, toy=TOY):
+    """One text in pieces of 512, 256, 37 and 1, alone and in a ragged batch of five, gives the same bits."""
+    tokens = text(LENGTH)
+    want = toy.whole(cache, tokens, 512, settle=False)
+    for piece in PIECES:
+        # One by one is slow: around the edge of the first tile and at the end it shows whatever there is to see.
+        pieces = [piece] * (LENGTH // piece + 1) if piece > 1 else [240, *[1] * 40, 220, *[1] * 30]
+        assert torch.equal(cut(cache, toy, tokens, pieces), want), f"pieces of {piece}"
+    batch = [(512, tokens), (256, text(300, 1)), (1, tokens), (37, tokens), (5, text(60, 2))]
+    for i, got in enumerate(together(cache, toy, batch)):
+        assert torch.equal(got, want[: len(got)]) or batch[i][1] is not tokens, f"pieces of {batch[i][0]} in a batch"
+
+
+def cut(cache, toy, tokens, pieces):
+    sequence, outs, at = cache.open(salt=str(pieces)), [], 0
+    for piece in pieces:
+        if chunk := tokens[at : at + piece]:
+            outs += toy.run([(sequence, chunk)])
+            sequence.settle()
+            at += piece
+    sequence.close()
+    return torch.cat(outs)
+
+
+def together(cache, toy, batch):
+    """All of a batch at once, each text in pieces of its own size; at most 60 steps."""
+    sequences = [cache.open(salt=str(i)) for i in range(len(batch))]
+    outs = [[] for _ in batch]
+    for turn in range(60):
+        chunks = [(i, tokens[turn * piece : (turn + 1) * piece]) for i, (piece, tokens) in enumerate(batch)]
+        chunks = [(i, chunk) for i, chunk in chunks if chunk]
+        for (i, _), out in zip(chunks, toy.run([(sequences[i], chunk) for i, chunk in chunks]), strict=True):
+            outs[i].append(out)
+            sequences[i].settle()
+    for sequence in sequences:
+        sequence.close()
+    return [torch.cat(out) for out in outs]
+
+
+@over_pages
+@over_retentions
+@over_codecs
+def test_the_cut_does_not_show(kv, kept, page):
+    check_cut(cache_of(kv, kept, page))
+
+
+def test_the_cut_is_seen_where_attention_is_one_product_over_what_is_visible(monkeypatch):
+    def naive(pages, layout, read, lanes, q, *rest):
+        outs, stored = [], pages[read.pages[lanes]].view(lanes.stop, read.items, -1, layout.row_bytes)
+        for item, mask in enumerate(read.visible):
+            seen = mask.any(0)
+            k, v = (codecs.decode(layout, name, stored[:, item][:, seen]) for name in "kv")
+            rows = q.view(read.items, read.chunk, lanes.stop, -1, q.shape[-1])[item].permute(1, 2, 0, 3)
+            weights = (rows @ k.mT[:, None]).masked_fill(~mask[:, seen], -torch.inf).softmax(-1)
+            outs.append((weights @ v[:, None]).permute(2, 0, 1, 3).flatten(1, 2))
+        return torch.cat(outs), None, None
+
+    monkeypatch.setattr(reference, "_attend", naive)
+    with sees():
+        check_cut(cache_of("f32"))
+
+
+def test_the_cut_is_seen_where_rows_share_a_scale(monkeypatch):
+    def shared(x):
+        scale = (x.abs().amax() / 127).to(torch.bfloat16).expand(*x.shape[:-1], 1)
+        return (x / scale).round().to(torch.int8).view(torch.uint8), scale.contiguous().view(torch.uint8)
+
+    monkeypatch.setattr(codecs, "_int8", shared)
+    with sees():
+        check_cut(cache_of("int8"))
+
+
+# 2. Position law: masks read positions; the next position is tokens seen.
+
+
+def check_positions(cache, kept, length=330):
+    """Attention after pages were dropped equals a dense mask over every row that was ever written, by position."""
+    tokens, everything = text(length), list(range(length))
+    sequence, outs = cache.open(), []
+    for start in range(0, length, 30):
+        with sequence.append(tokens[start : start + 30]) as step:
+            assert step.positions == list(range(start, start + 30))
+            TOY.append(step, 0)
+            outs.append(step.attend(0, TOY.row("q", 0, step.tokens, step.positions), scale=0.25).out)
+        sequence.settle()
+    assert len(sequence) == length
+    q, k, v = (TOY.row(name, 0, tokens, everything).double() for name in "qkv")
+    at = torch.arange(length)
+    back = at[:, None] - at
+    visible = (back >= 0) & ((back < (kept.window or length)) | (at < kept.sinks))
+    scores = torch.einsum("qlgd,kld->lgqk", q.unflatten(1, (2, 2)), k) * 0.25
+    dense = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    want = torch.einsum("lgqk,kld->qlgd", dense, v).flatten(1, 2)
+    torch.testing.assert_close(torch.cat(outs).double(), want, atol=2e-5, rtol=1e-4)
+
+
+@over_pages
+@pytest.mark.parametrize("kept", [Retention(), Retention(70), Retention(40, 5), Retention(16, 33), Retention(1)])
+def test_dropped_pages_leave_positions_as_they_were(kept, page):
+    check_positions(cache_of("f32", f"+{kept}", page), kept)
+
+
+def test_slot_numbers_taken_for_positions_are_seen(monkeypatch):
+    honest = Step._pages_of
+
+    def by_slot(self, table, wanted, tiles):
+        pages, logical = honest(self, table, wanted, tiles)
+        columns = np.searchsorted(table.logical, logical)
+        return pages, np.where(logical < 0, logical, columns)
+
+    monkeypatch.setattr(Step, "_pages_of", by_slot)
+    with sees():
+        check_positions(cache_of("f32", "+window:70"), Retention(70))
+
+
+# 4. Facts and opinions: fork, trim, settle.
+
+
+def check_fork(cache):
+    """What either twin does next, the other never sees; and the past is the same rows, not copies of them."""
+    parent, tokens = cache.open(), text(45)
+    TOY.run([(parent, tokens)])
+    before, held = parent.read(0), pages_held(parent)
+    used = cache.books.in_use
+    child = parent.fork()
+    assert cache.books.in_use == used == held
+    alone = [cut(cache, TOY, tokens + more, [45, 30]) for more in (text(30, 1), text(30, 2))]
+    got = TOY.run([(parent, text(30, 1)), (child, text(30, 2))])
+    assert all(torch.equal(a[45:], b) for a, b in zip(alone, got, strict=True)), "a twin's output moved"
+    for twin in (parent, child):
+        assert all(torch.equal(rows[..., :45, :], twin.read(0)[n][..., :45, :]) for n, rows in before.items() if n in "kv")
+    child.close()
+    parent.trim(45)
+    assert torch.equal(parent.read(0)["k"], before["k"])
+    parent.close()
+    cache.check()
+
+
+@over_pages
+@over_codecs
+def test_a_fork_and_its_parent_never_see_each_other(kv, page):
+    check_fork(cache_of(kv, page=page))
+
+
+def test_a_fork_that_shares_its_open_page_is_seen(monkeypatch):
+    monkeypatch.setattr(Cache, "_unshare", lambda self, table: None)
+    with sees():
+        check_fork(cache_of("f32"))
+
+
+def state(cache, sequence):
+    """All that a sequence is, but for its page numbers."""
+    rows = sequence.read(0)
+    tables = [(t.logical.tolist(), t.pages.shape) for t in sequence.tables]
+    return list(sequence.tokens), tables, cache.books, cache.nbytes, len(cache.index), {n: x.tolist() for n, x in rows.items()}
+
+
+def check_rejected(cache_maker, accepted):
+    """Tokens that settle() rejects leave no trace: the state, and what follows, are those of a cache that never saw them."""
+    states, outs = [], []
+    for draft in (text(40, 3), text(40, 3)[:accepted]):
+        cache = cache_maker()
+        sequence = cache.open()
+        TOY.run([(sequence, text(50))])
+        sequence.settle()
+        if draft:
+            TOY.run([(sequence, draft)])
+        sequence.settle(accepted)
+        states.append(state(cache, sequence))
+        outs.append(TOY.run([(sequence, text(60, 4))])[0])
+        cache.check()
+    assert states[0] == states[1], "the state differs"
+    assert torch.equal(*outs), "what follows differs"
+
+
+@over_pages
+@over_retentions
+@pytest.mark.parametrize("accepted", [0, 1, 14, 39])
+def test_rejected_tokens_leave_no_trace(kept, page, accepted):
+    check_rejected(lambda: cache_of("int8", kept, page), accepted)
+
+
+def test_rejected_tokens_that_stay_are_seen(monkeypatch):
+    monkeypatch.setattr(Sequence, "trim", lambda self, length: None)
+    with sees():
+        check_rejected(lambda: cache_of("f32"), 3)
+
+
+def check_trim(cache):
+    """A trim to rows that are gone is refused, and names the position; a trim to later ones is not."""
+    sequence = cache.open()
+    TOY.fill(sequence, text(150))
+    sequence.settle()
+    TOY.fill(sequence, text(40))
+    with pytest.raises(SequenceError, match="settled at position 150"):
+        sequence.trim(149)
+    assert len(sequence) == 190
+    sequence.trim(150)
+    assert len(sequence) == 150
+
+
+def test_a_trim_below_what_was_dropped_names_the_position():
+    check_trim(cache_of("f32", "+window:40,sinks:5"))
+
+
+def test_a_trim_into_what_was_dropped_is_seen(monkeypatch):
+    honest = Sequence._drop
+    monkeypatch.setattr(Sequence, "_drop", lambda self: (honest(self), setattr(self, "_floor", 0)))
+    with sees(pytest.fail.Exception):
+        check_trim(cache_of("f32", "+window:40,sinks:5"))
+
+
+def test_append_drops_nothing_before_settle():
+    sequence = cache_of("f32", "+window:16").open()
+    for seed in range(5):
+        TOY.fill(sequence, text(20, seed))
+    assert sequence.read(0)["positions"].tolist() == list(range(100))
+    sequence.settle()
+    assert sequence.read(0)["positions"].tolist() == list(range(64, 100))
+
+
+# 5. Conservation: the state machine checks it after every step; here its check is seen failing.
+
+
+@pytest.mark.parametrize("method", ["release", "retain"])
+def test_pages_that_are_lost_or_given_twice_are_seen(monkeypatch, method):
+    cache = cache_of("f32")
+    sequence = cache.open()
+    TOY.fill(sequence, text(50))
+    monkeypatch.setattr(Arena, method, lambda *_: None)
+    twin = sequence.fork()
+    twin.close()
+    with sees():
+        cache.check()
+
+
+# 7. Budget law.
+
+
+def check_free_budget(cache, full):
+    """A window at or above the length changes no bit of any result, and no row."""
+    tokens, found = text(300), []
+    for each in (cache, full):
+        with each.open() as sequence:
+            outs = []
+            for start in range(0, 300, 60):
+                outs += TOY.run([(sequence, tokens[start : start + 60])])
+                sequence.settle()
+            found.append((torch.cat(outs), sequence.read(0), each.books, each.nbytes))
+    assert torch.equal(found[0][0], found[1][0]), "outputs differ"
+    assert all(torch.equal(rows, found[1][1][name]) for name, rows in found[0][1].items()), "rows differ"
+    assert found[0][2:] == found[1][2:], "books differ"
+
+
+@over_pages
+@over_codecs
+@pytest.mark.parametrize("window", [300, 10_000])
+def test_a_budget_that_is_not_reached_changes_nothing(kv, page, window):
+    check_free_budget(cache_of(kv, f"+window:{window}", page), cache_of(kv, "", page))
+
+
+def test_a_budget_that_binds_is_seen():
+    with sees():
+        check_free_budget(cache_of("f32", "+window:299"), cache_of("f32"))
+
+
+def check_frees(cache, kept, page, length=500):
+    """A window frees what it hides: pages to within one a run and lane, at once; and bytes."""
+    sequence, peak = cache.open(), 0
+    for start in range(0, length, 100):
+        TOY.fill(sequence, text(100, start))
+        peak = max(peak, cache.arena.held)
+        sequence.settle()
+        runs = [min(kept.window, len(sequence)), *([kept.sinks] if kept.sinks else [])]
+        assert pages_held(sequence) <= 2 * sum(-(-run // page) + 1 for run in runs)
+        assert cache.books.in_use == pages_held(sequence)
+        assert sequence.nbytes == cache.spec.nbytes(len(sequence))
+    cache.check()
+    assert cache.arena.held < peak or cache.arena.held == cache.arena.slab_bytes + cache.arena.tables
+
+
+@over_pages
+@pytest.mark.parametrize("kept", [Retention(70), Retention(40, 5), Retention(1), Retention(128, 64)])
+def test_a_window_frees_what_it_hides(kept, page):
+    check_frees(cache_of("f32", f"+{kept}", page, shares=False), kept, page)
+
+
+def test_a_window_that_only_masks_is_seen(monkeypatch):
+    monkeypatch.setattr(Retention, "live_pages", lambda self, tokens, size: list(range(-(-tokens // size))))
+    with sees():
+        check_frees(cache_of("f32", "+window:70", shares=False), Retention(70), 32)
+
+
+@pytest.mark.parametrize("kv", ["f32+window:64", "f32+window:64,sinks:4"])
+def test_a_window_streams_through_a_small_budget_though_its_past_was_published(kv):
+    cache = cache_of(kv, memory=3 * 2**18)
+    sequence = cache.open()
+    for seed in range(100):
+        TOY.fill(sequence, text(64, seed))
+        sequence.settle()
+    cache.check()
+    assert len(sequence) == 6400
+
+
+# 8. Padding law.
+
+
+def check_neighbours(cache):
+    """What stands in a neighbour's sequence moves no bit, whatever it is."""
+    outs = []
+    for filling in (1.0, -3e4, torch.nan):
+        mine, other = cache.open(salt=f"mine{filling}"), cache.open(salt=f"other{filling}")
+        for tokens in (text(70), text(1), text(40)):
+            with cache.step([(other, tokens), (mine, tokens)]) as step:
+                k, v, q = (TOY.row(name, 0, step.tokens, step.positions) for name in "kvq")
+                for rows in (k, v, q):
+                    rows[: len(tokens)] = filling
+                step.append(0, k=k, v=v)
+                outs.append(step.attend(0, q, scale=0.25).out[len(tokens) :])
+        mine.close(), other.close()
+    assert all(torch.equal(outs[i], outs[i % 3]) for i in range(len(outs)))
+
+
+@over_pages
+@over_codecs
+def test_a_neighbour_moves_no_bit(kv, page):
+    check_neighbours(cache_of(kv, page=page))
+
+
+def test_a_neighbour_that_shares_a_scale_is_seen(monkeypatch):
+    honest = codecs.hadamard
+    monkeypatch.setattr(codecs, "hadamard", lambda x: honest(x) * (1 + x.abs().mean() / 1e6))
+    with sees():
+        check_neighbours(cache_of("int4"))
+
+
+def poison(arena):
+    """Fills every byte that nobody holds with ones: read as floats, NaN."""
+    free = torch.ones((arena._next + 4) * arena.slab_bytes, dtype=torch.bool)
+    for size, owner in arena.classes.items():
+        for page in np.flatnonzero(owner.refs[: arena.touched(size)]).tolist():
+            free[page * size : (page + 1) * size] = False
+    arena.bytes[: len(free)][free] = 0xFF
+
+
+def check_stale(cache):
+    """Bytes that others left in a page never show."""
+    want = cut(cache_of(str(cache.spec)), TOY, text(300), [100, 1, 99, 100])
+    keeper = cache.open(salt="keeper")
+    TOY.fill(keeper, text(70))
+    for _ in range(2):
+        poison(cache.arena)
+        assert torch.equal(cut(cache, TOY, text(300), [100, 1, 99, 100]), want)
+    assert not keeper.read(0)["k"].isnan().any()
+
+
+@over_retentions
+@over_codecs
+def test_stale_bytes_never_show(kv, kept):
+    check_stale(cache_of(kv, kept, shares=False))
+
+
+def test_stale_bytes_of_a_page_that_is_not_blank_are_seen(monkeypatch):
+    honest = Arena.take
+
+    def take(self, size, count):
+        pages = honest(self, size, count)
+        self.page_class(size).view[torch.from_numpy(pages)] = 0xFF
+        return pages
+
+    monkeypatch.setattr(Arena, "take", take)
+    with sees():
+        check_stale(cache_of("f32", shares=False))
+
+
+# 9. Causality.
+
+
+def check_causality(cache):
+    """Appending moves no stored row and no earlier output."""
+    tokens = text(160)
+    shorter = cut(cache, TOY, tokens[:100], [100])
+    assert torch.equal(cut(cache, TOY, tokens, [160])[:100], shorter), "an earlier output moved"
+    sequence = cache.open()
+    TOY.fill(sequence, tokens[:100])
+    before = stored(cache, sequence, 100)
+    TOY.fill(sequence, tokens[100:])
+    assert torch.equal(stored(cache, sequence, 100), before), "a stored row moved"
+
+
+def stored(cache, sequence, count):
+    table = sequence.tables[0]
+    pages = cache.pages(table.group)[torch.from_numpy(table.pages.astype(np.int64))]
+    return pages.view(len(pages), -1, table.group.layout.row_bytes)[:, :count].clone()
+
+
+@over_pages
+@over_retentions
+@over_codecs
+def test_appending_moves_nothing_that_was_before(kv, kept, page):
+    check_causality(cache_of(kv, kept, page))
+
+
+def test_attention_in_both_directions_is_seen(monkeypatch):
+    monkeypatch.setattr(Retention, "visible", lambda self, asking, held: (asking >= 0) & (held < 1 << 50))
+    with sees():
+        check_causality(cache_of("f32"))
