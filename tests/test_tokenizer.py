@@ -149,9 +149,9 @@ def byte_fallback():
 def test_a_stream_goes_on_behind_bytes_that_are_no_text(ids):
     """DecodeStream itself gives up on such runs, for every id that follows."""
     stream = TextStream(byte_fallback(), True)
-    for i in ids:
-        stream.step(i)
-    assert [stream.step(i) for i in (258, 256, 257, 256)][1:] == [" a", "b", " a"]
+    text = "".join(stream.step(i) for i in [*ids, 258])
+    assert [stream.step(i) for i in (256, 257, 256)] == [" a", "b", " a"]
+    assert text.count("b") >= ids.count(257)
     assert stream.finish() == ""
 
 

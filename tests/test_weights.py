@@ -339,9 +339,9 @@ def test_a_missing_shard_and_a_hostile_index_are_named(tmp_path):
         read_safetensors(tmp_path)
     shutil.move(tmp_path / "aside", shard)
     mapping = json.loads(original)["weight_map"]
-    save_file({"model.norm.weight": torch.ones(HIDDEN)}, tmp_path.parent / "secret.safetensors")
+    save_file({"model.secret.weight": torch.ones(HIDDEN)}, tmp_path.parent / "secret.safetensors")
     for changed in (
-        {"weight_map": {**mapping, "model.norm.weight": "../secret.safetensors"}},
+        {"weight_map": {**mapping, "model.secret.weight": "../secret.safetensors"}},
         {"weight_map": {**mapping, "model.more.weight": shard.name}},
         {"weight_map": [1]},
         {},

@@ -105,8 +105,7 @@ class TextStream:
         self._backend = backend
         self._skip_special = skip_special
         self._decoder = DecodeStream(skip_special_tokens=skip_special)
-        self._context: list[int] = []  # ids of the last piece: how a tokenizer decodes may depend on what is before
-        self._pending: list[int] = []  # ids since then
+        self._pending: list[int] = []  # ids since the last piece
 
     def step(self, token: int) -> str:
         """The text that this id completes; "" while a character is still in pieces."""
@@ -119,7 +118,7 @@ class TextStream:
             piece = self._rest()
             self._decoder = DecodeStream(ids=[token], skip_special_tokens=self._skip_special)
         if piece:
-            self._context, self._pending = self._pending, []
+            self._pending = []
         return piece
 
     def finish(self) -> str:
@@ -129,14 +128,8 @@ class TextStream:
         return rest
 
     def _rest(self) -> str:
-        """The text of the pending ids, in their context."""
-        if not self._pending:
-            return ""
-        before, after = (self._text(ids) for ids in (self._context, self._context + self._pending))
-        return after[len(before) :] if after.startswith(before) else self._text(self._pending)
-
-    def _text(self, ids: list[int]) -> str:
-        text: str = self._backend.decode(ids, skip_special_tokens=self._skip_special)
+        """The text of the pending ids."""
+        text: str = self._backend.decode(self._pending, skip_special_tokens=self._skip_special)
         return text
 
 
