@@ -158,7 +158,7 @@ def common(
 
 def main() -> None:
     """The `kvik` command."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch loads: idle OpenMP threads soon stop burning a core
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch loads: idle OpenMP threads soon stop burning a core
     command = typer.main.get_command(app)
     try:
         code = command.main(standalone_mode=False, prog_name="kvik")

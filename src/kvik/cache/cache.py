@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik import events
-from kvik.cache.arena import Arena, Pages
+from kvik.cache.arena import Arena, PageClass, Pages
+from kvik.cache.books import Books, books, check, nbytes
 from kvik.cache.limits import memory_available, memory_total
 from kvik.cache.prefix import Block, PrefixIndex, root_key
 from kvik.cache.sequence import Sequence, Table
@@ -20,20 +20,6 @@ from kvik.cache.spec import TABLE_BYTES, Bytes, Group, Spec
 from kvik.cache.step import Part, Step
 from kvik.errors import BudgetError, SequenceError, UsageError
 from kvik.ops.codecs import decode, unrotated
-
-
-@dataclass(frozen=True)
-class Books:
-    """Pages of all sizes: free + in use + kept for reuse = all."""
-
-    free: int
-    in_use: int
-    kept: int
-
-    @property
-    def all(self) -> int:
-        """Pages of every slab that is held."""
-        return self.free + self.in_use + self.kept
 
 
 class Cache:
@@ -164,24 +150,12 @@ class Cache:
     @property
     def nbytes(self) -> Bytes:
         """Bytes held, each page once: rows that some sequence or block keeps, and everything else."""
-        bits = {size: np.zeros(self.arena.touched(size), np.int64) for size in self.arena.classes}
-        for table, rows in self._holdings():
-            per_column = rows * table.group.layout.payload_bits
-            np.maximum.at(bits[table.group.page_bytes], table.pages, np.broadcast_to(per_column, table.pages.shape))
-        payload = sum(int(each.sum()) for each in bits.values()) // 8
-        return Bytes(payload, self.arena.held - payload)
+        return nbytes(self)
 
     @property
     def books(self) -> Books:
         """Pages by state."""
-        free = sum(owner.free_pages for owner in self.arena.classes.values())
-        used = {size: np.zeros(self.arena.touched(size), bool) for size in self.arena.classes}
-        for sequence in self._open.values():
-            for table in sequence.tables:
-                used[table.group.page_bytes][table.pages] = True
-        in_use = sum(int(mask.sum()) for mask in used.values())
-        held = sum(self._held(size) for size in self.arena.classes)
-        return Books(free, in_use, held - in_use)
+        return books(self)
 
     def check(self) -> None:
         """Conservation (law 5): every page is free or held exactly as often as tables and blocks say.
@@ -189,22 +163,7 @@ class Cache:
         Raises:
             AssertionError: names what does not add up. It would be a bug of kvik.
         """
-        refs = {size: np.zeros(self.arena.touched(size), np.int32) for size in self.arena.classes}
-        for table, _ in self._holdings():
-            np.add.at(refs[table.group.page_bytes], table.pages.reshape(-1), 1)
-        slabs = 0
-        for size, owner in self.arena.classes.items():
-            assert (refs[size] == owner.refs[: len(refs[size])]).all(), f"references to pages of {size} B do not add up"
-            free = [page for pages in owner.free.values() for page in pages]
-            assert len(set(free)) == len(free) and not owner.refs[free].any(), f"a free page of {size} B is held"
-            held = np.flatnonzero(refs[size])
-            used = set((held * size // self.arena.slab_bytes).tolist()) | set(owner.free)
-            slabs += len(used)
-            assert len(free) + len(held) == sum(len(owner.of_slab(s)) for s in used), f"pages of {size} B are lost"
-        assert slabs == self.arena.slabs_used, "slabs do not add up"
-        tables = sum(t.nbytes for s in self._open.values() for t in s.tables)
-        assert tables == self.arena.tables, "table bytes do not add up"
-        assert self.arena.held <= self.arena.budget, "the budget is exceeded"
+        check(self)
 
     def listen(self, listener: Callable[[events.Event], None]) -> None:
         """Calls `listener` with every event from now on, in the thread that caused it."""
@@ -256,6 +215,11 @@ class Cache:
         if gone.size:
             self.arena.release(table.group.page_bytes, gone)
 
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that are open."""
+        return list(self._open.values())
+
     def fork(self, sequence: Sequence) -> Sequence:
         """See `Sequence.fork`."""
         self._make_room({}, sum(table.nbytes for table in sequence.tables))
@@ -272,22 +236,25 @@ class Cache:
 
     def read(self, sequence: Sequence, layer: int) -> dict[str, Tensor]:
         """See `Sequence.read`."""
-        size, out = self.spec.page_size, {}
-        heads = sum(part.lanes.stop - part.lanes.start for part in self.parts[layer])
+        size, found = self.spec.page_size, []
         for part in self.parts[layer]:
             table = sequence.tables[part.group]
             positions = (table.logical[:, None].astype(np.int64) * size + np.arange(size)).reshape(-1)
-            within = torch.from_numpy(positions < len(sequence))
+            within = positions < len(sequence)
             index = torch.from_numpy(table.pages[part.lanes].astype(np.int64)).to(self.device)
             layout = table.group.layout
-            rows = self.pages(table.group)[index].view(len(index), -1, layout.row_bytes)[:, within]
-            out["positions"] = torch.from_numpy(positions)[within]
+            rows = self.pages(table.group)[index].view(len(index), -1, layout.row_bytes)[:, torch.from_numpy(within)]
+            found.append((part, positions[within], layout, rows))
+        every = np.unique(np.concatenate([positions for _, positions, _, _ in found]))
+        out = {"positions": torch.from_numpy(every)}
+        heads = sum(len(rows) for *_, rows in found)
+        for part, positions, layout, rows in found:
+            places = torch.from_numpy(np.searchsorted(every, positions))
+            mine = torch.arange(heads) if part.heads is None else torch.tensor(part.heads)
             for stream in layout.streams:
                 values = unrotated(layout, stream.name, decode(layout, stream.name, rows))
-                if part.heads is None:
-                    out[stream.name] = values
-                else:
-                    out.setdefault(stream.name, values.new_zeros(heads, *values.shape[1:]))[list(part.heads)] = values
+                empty = values.new_full((heads, len(every), stream.width), torch.nan)
+                out.setdefault(stream.name, empty)[mine[:, None], places] = values
         return out
 
     def publish(self, sequence: Sequence, block: Block, page: int) -> None:
@@ -341,17 +308,32 @@ class Cache:
                 )  # fmt: skip
 
     def _evict(self) -> bool:
-        """Drops the least recently used block that nobody uses and nothing stands on; False if there is none."""
+        """Drops the least recently used block that nobody uses and nothing stands on. Where there is none: the pages of a
+        block that nobody else holds, since every window has passed them; the block stays as a link of its chain.
+        Returns False if there is neither."""
+        passed: tuple[Block, list[int]] | None = None
         for block in self.index:
-            held = [(g.page_bytes, p) for g, p in zip(self.spec.groups, block.pages, strict=True) if p is not None]
-            if block.children <= 0 and all((self.arena.classes[size].refs[pages] == 1).all() for size, pages in held):
+            held = [i for i, pages in enumerate(block.pages) if pages is not None]
+            idle = [i for i in held if (self._class(i).refs[block.pages[i]] == 1).all()]
+            if block.children <= 0 and idle == held:
                 self.index.remove(block)
-                for size, pages in held:
-                    self.arena.release(size, pages)
-                count = sum(pages.size for _, pages in held)
-                self.emit(events.Evicted(block.start, block.start + len(block.tokens), count))
-                return True
-        return False
+                return self._drop(block, idle)
+            if idle and passed is None:
+                passed = block, idle
+        return passed is not None and self._drop(*passed)
+
+    def _drop(self, block: Block, groups: list[int]) -> bool:
+        count = 0
+        for index in groups:
+            pages, block.pages[index] = block.pages[index], None
+            assert pages is not None, "only what is held is dropped"
+            self.arena.release(self.spec.groups[index].page_bytes, pages)
+            count += pages.size
+        self.emit(events.Evicted(block.start, block.start + len(block.tokens), count))
+        return True
+
+    def _class(self, group: int) -> PageClass:
+        return self.arena.page_class(self.spec.groups[group].page_bytes)
 
     def _unshare(self, table: Table) -> None:
         """Copies the last column's pages, verbatim, before they are written to: others hold them too."""
@@ -377,20 +359,6 @@ class Cache:
                 for index, (group, pages) in enumerate(zip(self.spec.groups, block.pages, strict=True)):
                     if group.page_bytes == page_bytes and pages is not None:
                         block.pages[index] = moved[pages]
-
-    def _held(self, page_bytes: int) -> int:
-        """Pages of this size that somebody holds."""
-        return int(np.count_nonzero(self.arena.classes[page_bytes].refs[: self.arena.touched(page_bytes)]))
-
-    def _holdings(self) -> list[tuple[Table, NDArray[np.int64]]]:
-        """Every table, and every block's pages as a one-column table, with the rows kept in each column."""
-        out = [(t, t.rows_kept(len(s))) for s in self._open.values() for t in s.tables]
-        for block in self.index:
-            for group, pages in zip(self.spec.groups, block.pages, strict=True):
-                if pages is not None:
-                    table = Table(group, pages[:, None].astype(np.int32), np.zeros(1, np.int32))
-                    out.append((table, np.array([self.spec.page_size])))
-        return out
 
 
 def _parts(spec: Spec) -> list[list[Part]]:

@@ -110,7 +110,8 @@ class Sequence:
         """The rows that one layer holds, decoded, for looking at. Modifies nothing.
 
         Returns:
-            `positions` int64 [rows], and for each stream f32 [heads, rows, width], in the order of positions.
+            `positions` int64 [rows], and for each stream f32 [heads, rows, width], in the order of positions. A row that
+            some heads hold and others have dropped is NaN for those others.
         """
         self._check()
         return self.cache.read(self, layer)
@@ -196,6 +197,8 @@ class Sequence:
     def _drop(self) -> None:
         dropped = 0
         for table in self.tables:
+            if table.group.retention.window is None:
+                continue
             live = table.group.retention.live_pages(len(self.tokens), table.group.page_size)
             keep = np.isin(table.logical, live)
             if not keep.all():

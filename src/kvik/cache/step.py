@@ -86,12 +86,18 @@ class Step:
 
     def __enter__(self) -> Step:
         self._check()
+        self.starts = [len(sequence) for sequence in self.sequences]
+        self._done.clear()
         self._columns = self.cache.reserve(self)
         for sequence in self.sequences:
             sequence._busy = True
         groups = range(len(self.cache.spec.groups))
-        self._slots = [self._slots_of(group) for group in groups]
-        self._reads = [self._reads_of(group) for group in groups]
+        try:
+            self._slots = [self._slots_of(group) for group in groups]
+            self._reads = [self._reads_of(group) for group in groups]
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

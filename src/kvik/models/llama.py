@@ -7,13 +7,12 @@ x = x + W_down (silu(W_gate n) · W_up n)                            n = rmsnorm
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.functional import rms_norm
 
 from kvik.cache.spec import LayerShape
 from kvik.cache.step import Step
 from kvik.models.config import Config
 from kvik.models.parts import Rotation, Source
-from kvik.ops.pointwise import silu
+from kvik.ops.pointwise import RMSNorm, silu
 
 
 class Block:
@@ -22,10 +21,10 @@ class Block:
     def __init__(self, config: Config, source: Source, layer: int) -> None:
         name, heads = f"model.layers.{layer}", (config.heads, config.kv_heads)
         attention = [f"{name}.self_attn.{p}_proj" for p in "qkv"]
-        self.attention_norm = source.vector(f"{name}.input_layernorm.weight")
+        self.attention_norm = RMSNorm(source.vector(f"{name}.input_layernorm.weight"), config.norm_eps)
         self.qkv = source.linear(*attention, bias=config.attention_bias, turned=heads)
         self.o = source.linear(f"{name}.self_attn.o_proj", bias=config.attention_bias)
-        self.mlp_norm = source.vector(f"{name}.post_attention_layernorm.weight")
+        self.mlp_norm = RMSNorm(source.vector(f"{name}.post_attention_layernorm.weight"), config.norm_eps)
         self.gate_up = source.linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj", bias=config.mlp_bias)
         self.down = source.linear(f"{name}.mlp.down_proj", bias=config.mlp_bias)
 
@@ -46,7 +45,7 @@ class Llama:
         ]
         self.embedding = source.embedding("model.embed_tokens")
         self.blocks = [Block(config, source, layer) for layer in range(config.layers)]
-        self.norm = source.vector("model.norm.weight")
+        self.norm = RMSNorm(source.vector("model.norm.weight"), config.norm_eps)
         self.head = self.embedding if config.tied_embeddings else source.embedding("lm_head")
         self.rotation = Rotation(config.rope, source.device)
 
@@ -61,16 +60,16 @@ class Llama:
         Returns:
             Logits, f32 [R, vocabulary].
         """
-        config, eps = self.config, self.config.norm_eps
-        queries, turned, size = config.heads, config.heads + config.kv_heads, (config.hidden,)
+        config = self.config
+        queries, turned = config.heads, config.heads + config.kv_heads
         angles = self.rotation.angles(step.positions)
         scale = config.head_dim**-0.5
         x = self.embedding.rows(tokens)
         for layer, block in enumerate(self.blocks):
-            qkv = block.qkv(rms_norm(x, size, block.attention_norm, eps)).unflatten(1, (-1, config.head_dim))
+            qkv = block.qkv(block.attention_norm(x)).unflatten(1, (-1, config.head_dim))
             qk = self.rotation.turn(qkv[:, :turned], angles)
             step.append(layer, k=qk[:, queries:], v=qkv[:, turned:])
             x = x + block.o(step.attend(layer, qk[:, :queries], scale=scale).out.flatten(1))
-            gate, up = block.gate_up(rms_norm(x, size, block.mlp_norm, eps)).chunk(2, dim=1)
+            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, dim=1)
             x = x + block.down(silu(gate) * up)
-        return self.head(rms_norm(x[rows], size, self.norm, eps))
+        return self.head(self.norm(x[rows]))

@@ -49,7 +49,7 @@ def encode(layout: RowLayout, rows: Mapping[str, Tensor]) -> Tensor:
         uint8 [… row_bytes].
     """
     first = layout.streams[0]
-    if all(s.codec == first.codec and s.width == first.width for s in layout.streams):
+    if layout.uniform:
         stacked = torch.stack([rows[s.name] for s in layout.streams], dim=-2)
         codes, scales = _encode_stream(first.codec, stacked)
         parts = [codes.flatten(-2)] if scales is None else [codes.flatten(-2), scales.flatten(-2)]
@@ -62,28 +62,41 @@ def encode(layout: RowLayout, rows: Mapping[str, Tensor]) -> Tensor:
     return torch.nn.functional.pad(packed, (0, missing)) if missing else packed
 
 
-def decode(layout: RowLayout, name: str, packed: Tensor) -> Tensor:
-    """One stream of packed rows, still rotated where its codec rotates.
+def decode(layout: RowLayout, packed: Tensor) -> dict[str, Tensor]:
+    """All streams of packed rows, still rotated where their codec rotates.
 
     Args:
         layout: streams, codecs and offsets.
-        name: which stream.
         packed: uint8 [… row_bytes].
 
     Returns:
-        f32 [… W].
+        f32 [… W] by stream; streams of one codec and width are views of one tensor.
     """
-    stream = next(s for s in layout.streams if s.name == name)
-    codec, width = stream.codec, stream.width
-    start, scales_at = layout.offsets[name]
-    codes = packed[..., start : start + codec.code_bytes(width)]
+    first, count = layout.streams[0], len(layout.streams)
+    if layout.uniform:
+        start, scales_at = layout.offsets[first.name]
+        codes = packed[..., start : start + count * first.codec.code_bytes(first.width)]
+        scales = packed[..., scales_at : scales_at + count * first.codec.scale_bytes(first.width)]
+        values = _decode_stream(first.codec, first.width, codes.unflatten(-1, (count, -1)), scales.unflatten(-1, (count, -1)))
+        return {stream.name: x for stream, x in zip(layout.streams, values.unbind(-2), strict=True)}
+    out = {}
+    for stream in layout.streams:
+        start, scales_at = layout.offsets[stream.name]
+        codes = packed[..., start : start + stream.codec.code_bytes(stream.width)]
+        scales = packed[..., scales_at : scales_at + stream.codec.scale_bytes(stream.width)]
+        out[stream.name] = _decode_stream(stream.codec, stream.width, codes, scales)
+    return out
+
+
+def _decode_stream(codec: Codec, width: int, codes: Tensor, scales: Tensor) -> Tensor:
+    """(codes uint8 [… B], scales uint8 [… B]) → f32 [… W]."""
     if codec.name in _FLOATS:
         return codes.view(_FLOATS[codec.name]).to(torch.float32)
-    scales = packed[..., scales_at : scales_at + codec.scale_bytes(width)].view(torch.bfloat16).to(torch.float32)
+    scale = scales.view(torch.bfloat16).to(torch.float32)
     if codec.bits == 8:
-        return codes.view(torch.int8) * scales
+        return codes.view(torch.int8) * scale
     halves = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :width]
-    return ((halves.to(torch.float32) - 8.0).unflatten(-1, (scales.shape[-1], -1)) * scales.unsqueeze(-1)).flatten(-2)
+    return ((halves.to(torch.float32) - 8.0).unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)).flatten(-2)
 
 
 def unrotated(layout: RowLayout, name: str, values: Tensor) -> Tensor:
@@ -96,7 +109,7 @@ def _encode_stream(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if codec.name == "f16":
         x = x.clamp(-_F16_MAX, _F16_MAX)  # an infinity would poison rows that only mask it
     if codec.name in _FLOATS:
-        return x.to(_FLOATS[codec.name]).contiguous().view(torch.uint8), None
+        return x.contiguous().to(_FLOATS[codec.name]).view(torch.uint8), None
     x = x.to(torch.float32)
     if codec.rotated:
         x = hadamard(x)

@@ -110,6 +110,13 @@ class RowLayout:
         return self._aligned(codes + sum(s.codec.scale_bytes(s.width) for s in self.streams))
 
     @cached_property
+    def uniform(self) -> bool:
+        """Whether all streams have one codec and width, and lie without gaps: one pass serves them all."""
+        first = self.streams[0]
+        whole = first.codec.code_bytes(first.width) == self._aligned(first.codec.code_bytes(first.width))
+        return whole and all((s.codec, s.width) == (first.codec, first.width) for s in self.streams)
+
+    @cached_property
     def payload_bits(self) -> int:
         """Bits of one row by the formula: codes alone."""
         return sum(s.codec.bits * s.width for s in self.streams)

@@ -5,29 +5,29 @@ text is cut into chunks, batches and pages, because
 
 - slots are tiled at fixed multiples of `TILE`, whatever the batch; a tile is always computed whole, unseen slots with
   weight exactly 0, so that every product has the same inner length;
-- query rows are padded to `ROWS`, from where on the matrix product gives each row the same bits at any batch size
-  (`probe` checks that where it runs);
+- query rows are padded to a multiple from where on the matrix product gives each row the same bits at any batch size;
+  `row_multiple` finds it by trying;
 - tiles merge in order, one addition at a time, and a tile in which nothing is seen merges as exactly nothing.
 
 Legend: T tokens of the step, H query heads, L lanes (KV heads), G = H / L queries that share a lane, I items of one
-`Reads`, n tokens of an item, S slots of an item (a multiple of TILE), C = S / TILE tiles, M = n·G padded to ROWS,
+`Reads`, n tokens of an item, S slots of an item (a multiple of TILE), C = S / TILE tiles, M = n·G padded to a multiple,
 D width of keys, E width of values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from kvik.errors import KvikError
 from kvik.ops.codecs import decode, encode, hadamard
 from kvik.ops.layout import RowLayout
 
 TILE = 256  # slots; a multiple of every page size
-ROWS = 8
 QUERY_BLOCK = 64  # tokens of one sequence that are attended at once: bounds the scores' memory, not the result
 UNSEEN = -1e30  # finite, so that a tile in which nothing is seen gives weights of exactly 0 and never a NaN
 
@@ -51,16 +51,21 @@ class Reads:
     visible: Tensor
     asking: Tensor
     held: Tensor
+    _hidden: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def items(self) -> int:
         """I."""
         return self.visible.shape[0]
 
-    @cached_property
-    def hidden(self) -> Tensor:
-        """bool [1, I, n, 1, S]: the mask, broadcast over lanes and the queries that share one."""
-        return ~self.visible[None, :, :, None]
+    def hidden(self, shared: int, multiple: int) -> Tensor:
+        """bool [1, I, C, M, TILE]: the mask as the scores lie, for lanes that `shared` queries share; made once."""
+        if shared not in self._hidden:
+            items, n, slots = self.visible.shape
+            rows = (~self.visible).unsqueeze(2).expand(-1, -1, shared, -1).reshape(items, n * shared, slots)
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, -n * shared % multiple), value=True)
+            self._hidden[shared] = rows.unflatten(2, (-1, TILE)).transpose(1, 2).contiguous().unsqueeze(0)
+        return self._hidden[shared]
 
 
 @dataclass(frozen=True)
@@ -123,25 +128,22 @@ def attend(
     key, value = layout.streams
     heads, count = q.shape[1], lanes.stop - lanes.start
     q = (hadamard(q) if key.codec.rotated else q) * scale
-    whole = len(reads) == 1 and reads[0].tokens is None
-    out = q.new_empty((q.shape[0], heads, value.width))
-    lse = q.new_empty((q.shape[0], heads)) if want_lse else None
-    masses = []
+    parts = []
     for read in reads:
         chosen = q if read.tokens is None else q[read.tokens]
         item_bias = None if bias is None else _bias(bias, read, count)
-        part, part_lse, mass = _attend(pages, layout, read, lanes, chosen, softcap, item_bias, want_lse, want_mass)
-        if value.codec.rotated:
-            part = hadamard(part)
-        if whole:
-            out, lse = part, part_lse
-        else:
-            out[read.tokens] = part
-            if lse is not None and part_lse is not None:
-                lse[read.tokens] = part_lse
-        if mass is not None:
-            masses.append(mass)
-    return Partial(out, lse, tuple(masses) if want_mass else None)
+        part, lse, mass = _attend(pages, layout, read, lanes, chosen, softcap, item_bias, want_lse, want_mass)
+        parts.append((hadamard(part) if value.codec.rotated else part, lse, mass))
+    masses = tuple(mass for *_, mass in parts if mass is not None) if want_mass else None
+    if reads[0].tokens is None:
+        return Partial(parts[0][0], parts[0][1], masses)
+    out = q.new_empty((q.shape[0], heads, value.width))
+    joined = q.new_empty((q.shape[0], heads)) if want_lse else None
+    for read, (part, lse, _) in zip(reads, parts, strict=True):
+        out[read.tokens] = part
+        if joined is not None and lse is not None:
+            joined[read.tokens] = lse
+    return Partial(out, joined, masses)
 
 
 def _attend(
@@ -157,25 +159,23 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One Reads: q [I·n, H, D] → out [I·n, H, E], lse [I·n, H], mass [L, I, S]."""
     count, items, n = lanes.stop - lanes.start, read.items, read.chunk
-    shared, tiles = q.shape[1] // count, read.visible.shape[2] // TILE
+    shared, tiles, multiple = q.shape[1] // count, read.visible.shape[2] // TILE, row_multiple(q.shape[2], q.device)
     batch, used = count * items, n * shared
     stored = pages.index_select(0, read.pages[lanes].reshape(-1)).view(batch * tiles, TILE, layout.row_bytes)
-    k, v = decode(layout, "k", stored), decode(layout, "v", stored)
+    k, v = decode(layout, stored).values()
 
     rows = q.view(items, n, count, shared, -1).permute(2, 0, 1, 3, 4).reshape(batch, used, -1)
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, -used % ROWS))
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, -used % multiple))
     if tiles > 1:
         rows = rows.unsqueeze(1).expand(-1, tiles, -1, -1).flatten(0, 1)
     scores = torch.bmm(rows, k.transpose(1, 2))  # [batch·C, M, TILE]
     if softcap is not None:
         scores = (scores / softcap).tanh_().mul_(softcap)
 
-    # Views of the queries that are no padding, as [L, I, n, G, C, TILE] → masked and biased in place.
-    seen = scores.view(count, items, tiles, -1, TILE)[:, :, :, :used].unflatten(3, (n, shared)).permute(0, 1, 3, 4, 2, 5)
-    if bias is not None:
-        seen += bias.unflatten(-1, (tiles, TILE))
-    seen.masked_fill_(read.hidden.unflatten(-1, (tiles, TILE)), UNSEEN)
-
+    if bias is not None:  # the scores of queries that are no padding, as [L, I, C, n, G, TILE]
+        real = scores.view(count, items, tiles, -1, TILE)[:, :, :, :used].unflatten(3, (n, shared))
+        real += bias.unflatten(-1, (tiles, TILE)).permute(0, 1, 4, 2, 3, 5)
+    scores.view(count, items, tiles, -1, TILE).masked_fill_(read.hidden(shared, multiple), UNSEEN)
     peak = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(peak).exp_()
     total = weights.sum(dim=-1, keepdim=True)
@@ -231,15 +231,27 @@ def merge(a: Partial, b: Partial) -> Partial:
     return Partial(out, lse)
 
 
-def probe(width: int, device: torch.device | str = "cpu") -> bool:
-    """Whether this machine's batched products give a row the same bits beside any number of others (law 1)."""
+@lru_cache(maxsize=64)
+def row_multiple(width: int, device: torch.device) -> int:
+    """To how many query rows to pad, so that batched products give a row the same bits beside any number of others.
+
+    Args:
+        width: of a head.
+
+    Raises:
+        KvikError: no padding up to 64 rows does on this device.
+    """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn((6, TILE, width), generator=generator).to(device) for _ in range(3))
     scores = torch.bmm(q, k.transpose(1, 2))
     mixed = torch.bmm(scores, v)
-    for batch, rows in ((1, ROWS), (2, 3 * ROWS), (3, ROWS), (6, 12 * ROWS), (1, TILE)):
+
+    def same(batch: int, rows: int) -> bool:
         s = torch.bmm(q[:batch, :rows].contiguous(), k[:batch].transpose(1, 2))
         o = torch.bmm(scores[:batch, :rows].contiguous(), v[:batch])
-        if not (torch.equal(s, scores[:batch, :rows]) and torch.equal(o, mixed[:batch, :rows])):
-            return False
-    return True
+        return torch.equal(s, scores[:batch, :rows]) and torch.equal(o, mixed[:batch, :rows])
+
+    for multiple in (4, 8, 16, 32, 64):
+        if all(same(batch, multiple * times) for batch in (1, 2, 3, 6) for times in range(1, TILE // multiple, 3)):
+            return multiple
+    raise KvikError(f"batched products on {device} round differently with the number of rows; use another device")

@@ -1,0 +1,85 @@
+"""The books: what every page is, how many bytes are held, and whether it all adds up (law 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvik.cache.sequence import Table
+from kvik.cache.spec import Bytes
+
+if TYPE_CHECKING:
+    from kvik.cache.cache import Cache
+
+
+@dataclass(frozen=True)
+class Books:
+    """Pages of all sizes: free + in use + kept for reuse = all."""
+
+    free: int
+    in_use: int
+    kept: int
+
+    @property
+    def all(self) -> int:
+        """Pages of every slab that is held."""
+        return self.free + self.in_use + self.kept
+
+
+def nbytes(cache: Cache) -> Bytes:
+    """See `Cache.nbytes`."""
+    arena = cache.arena
+    bits = {size: np.zeros(arena.touched(size), np.int64) for size in arena.classes}
+    for table, rows in _holdings(cache):
+        per_column = rows * table.group.layout.payload_bits
+        np.maximum.at(bits[table.group.page_bytes], table.pages, np.broadcast_to(per_column, table.pages.shape))
+    payload = sum(int(each.sum()) for each in bits.values()) // 8
+    return Bytes(payload, arena.held - payload)
+
+
+def books(cache: Cache) -> Books:
+    """See `Cache.books`."""
+    arena = cache.arena
+    free = sum(owner.free_pages for owner in arena.classes.values())
+    used = {size: np.zeros(arena.touched(size), bool) for size in arena.classes}
+    for sequence in cache.sequences:
+        for table in sequence.tables:
+            used[table.group.page_bytes][table.pages] = True
+    in_use = sum(int(mask.sum()) for mask in used.values())
+    held = sum(int(np.count_nonzero(owner.refs[: arena.touched(size)])) for size, owner in arena.classes.items())
+    return Books(free, in_use, held - in_use)
+
+
+def check(cache: Cache) -> None:
+    """See `Cache.check`."""
+    arena = cache.arena
+    refs = {size: np.zeros(arena.touched(size), np.int32) for size in arena.classes}
+    for table, _ in _holdings(cache):
+        np.add.at(refs[table.group.page_bytes], table.pages.reshape(-1), 1)
+    slabs = 0
+    for size, owner in arena.classes.items():
+        assert (refs[size] == owner.refs[: len(refs[size])]).all(), f"references to pages of {size} B do not add up"
+        free = [page for pages in owner.free.values() for page in pages]
+        assert len(set(free)) == len(free) and not owner.refs[free].any(), f"a free page of {size} B is held"
+        held = np.flatnonzero(refs[size])
+        used = set((held * size // arena.slab_bytes).tolist()) | set(owner.free)
+        slabs += len(used)
+        assert len(free) + len(held) == sum(len(owner.of_slab(s)) for s in used), f"pages of {size} B are lost"
+    assert slabs == arena.slabs_used, "slabs do not add up"
+    tables = sum(t.nbytes for s in cache.sequences for t in s.tables)
+    assert tables == arena.tables, "table bytes do not add up"
+    assert arena.held <= arena.budget, "the budget is exceeded"
+
+
+def _holdings(cache: Cache) -> list[tuple[Table, NDArray[np.int64]]]:
+    """Every table, and every block's pages as a one-column table, with the rows kept in each column."""
+    out = [(t, t.rows_kept(len(s))) for s in cache.sequences for t in s.tables]
+    for block in cache.index:
+        for group, pages in zip(cache.spec.groups, block.pages, strict=True):
+            if pages is not None:
+                table = Table(group, pages[:, None].astype(np.int32), np.zeros(1, np.int32))
+                out.append((table, np.array([cache.spec.page_size])))
+    return out
