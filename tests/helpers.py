@@ -1,11 +1,13 @@
 """Small builders that the cache's tests share."""
 
+import pytest
 import torch
 
 from kvik.cache.cache import Cache
 from kvik.cache.spec import LayerShape, Spec
+from kvik.ops.layout import CODECS
 
-VOCAB, POSITIONS = 50, 2048
+VOCAB, POSITIONS = 50, 8192
 
 
 def shapes(layers=2, heads=2, width=16, window=None):
@@ -32,7 +34,10 @@ class Toy:
         self.tables = [
             {
                 name: torch.randn(VOCAB, heads, width, generator=generator)
-                for name, heads, width in (*((n, s.heads, w) for n, w in s.streams), ("q", s.heads * shared, s.streams[0][1]))
+                for name, heads, width in (
+                    *((n, s.heads, w) for n, w in s.streams),
+                    ("q", s.heads * shared, s.streams[0][1]),
+                )
             }
             for s in layers
         ]
@@ -64,13 +69,15 @@ class Toy:
             for layer in range(len(self.layers)):
                 self.append(step, layer)
 
-    def whole(self, cache, tokens, piece=None, settle=True):
-        """A new sequence's outputs over a text, given in pieces: [tokens, layers, heads, width]."""
-        sequence, outs = cache.open(), []
-        for start in range(0, len(tokens), piece or len(tokens)):
-            outs += self.run([(sequence, tokens[start : start + (piece or len(tokens))])])
-            if settle:
-                sequence.settle()
+    def cut(self, cache, tokens, pieces, settle=True):
+        """A new sequence's outputs over a text, given in pieces of these lengths: [tokens, layers, heads, width]."""
+        sequence, outs, at = cache.open(), [], 0
+        for piece in pieces:
+            if chunk := tokens[at : at + piece]:
+                outs += self.run([(sequence, chunk)])
+                if settle:
+                    sequence.settle()
+            at += piece
         sequence.close()
         return torch.cat(outs)
 
@@ -85,3 +92,37 @@ def listening(cache):
     seen = []
     cache.listen(seen.append)
     return seen
+
+
+KV = (*CODECS, "k8v4", "k:f16,v:int4-row")
+RETAINED = ("", "+window:70", "+window:40,sinks:5")
+PAGES = (16, 32, 64, 128)
+LAYERS = shapes(layers=1)
+TOY = Toy(LAYERS)
+
+over_codecs = pytest.mark.parametrize("kv", KV)
+over_retentions = pytest.mark.parametrize("kept", RETAINED)
+over_pages = pytest.mark.parametrize("page", PAGES)
+
+
+def cache_of(kv, kept="", page=32, **options):
+    return make_cache(kv + kept, LAYERS, page=page, **options)
+
+
+def sees(*errors):
+    """What a check raises when its law is broken."""
+    return pytest.raises((AssertionError, *errors))
+
+
+def state(cache, sequence):
+    """All that a sequence is, but for its page numbers."""
+    rows = sequence.read(0)
+    tables = [(t.logical.tolist(), t.pages.shape) for t in sequence.tables]
+    return (
+        list(sequence.tokens),
+        tables,
+        cache.books,
+        cache.nbytes,
+        len(cache.index),
+        {n: x.tolist() for n, x in rows.items()},
+    )

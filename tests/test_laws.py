@@ -1,39 +1,21 @@
-"""The laws of DESIGN.md. Each is one check; it holds over codecs, retentions and page sizes, and is seen failing once
-its mechanism is sabotaged."""
+"""Laws of DESIGN.md about results and budgets: the cut (1), positions (2), budgets (7), neighbours (8), causality (9).
+
+Each is one check. It holds over codecs, retentions and page sizes, and is seen failing once its mechanism is sabotaged.
+Laws 3 (merge), 4 (facts and opinions), 5 (conservation) and 6 (keys): `test_reference.py`, `test_cache.py`.
+"""
 
 import numpy as np
 import pytest
 import torch
-from helpers import Toy, make_cache, pages_held, shapes, text
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from helpers import TOY, VOCAB, Toy, cache_of, over_codecs, over_pages, over_retentions, pages_held, sees, text
 from kvik.cache.arena import Arena
-from kvik.cache.cache import Cache
 from kvik.cache.retention import Retention
-from kvik.cache.sequence import Sequence
 from kvik.cache.step import Step
-from kvik.errors import SequenceError
-from kvik.ops import codecs, reference
-from kvik.ops.layout import CODECS
-
-KV = (*CODECS, "k8v4", "k:f16,v:int4-row")
-RETAINED = ("", "+window:70", "+window:40,sinks:5")
-PAGES = (16, 32, 64, 128)
-LAYERS = shapes(layers=1)
-TOY = Toy(LAYERS)
-
-over_codecs = pytest.mark.parametrize("kv", KV)
-over_retentions = pytest.mark.parametrize("kept", RETAINED)
-over_pages = pytest.mark.parametrize("page", PAGES)
-
-
-def cache_of(kv, kept="", page=32, **options):
-    return make_cache(kv + kept, LAYERS, page=page, **options)
-
-
-def sees(*errors):
-    """What a check raises when its law is broken."""
-    return pytest.raises((AssertionError, *errors))
-
+from kvik.models.config import Config
+from kvik.models.model import Model
+from kvik.ops import codecs, linear, reference
 
 # 1. Row law: the cut cannot show.
 
@@ -44,25 +26,14 @@ LENGTH = 530
 def check_cut(cache, toy=TOY):
     """One text in pieces of 512, 256, 37 and 1, alone and in a ragged batch of five, gives the same bits."""
     tokens = text(LENGTH)
-    want = toy.whole(cache, tokens, 512, settle=False)
+    want = toy.cut(cache, tokens, [512, 512], settle=False)
     for piece in PIECES:
         # One by one is slow: around the edge of the first tile and at the end it shows whatever there is to see.
         pieces = [piece] * (LENGTH // piece + 1) if piece > 1 else [240, *[1] * 40, 220, *[1] * 30]
-        assert torch.equal(cut(cache, toy, tokens, pieces), want), f"pieces of {piece}"
+        assert torch.equal(toy.cut(cache, tokens, pieces), want), f"pieces of {piece}"
     batch = [(512, tokens), (256, text(300, 1)), (1, tokens), (37, tokens), (5, text(60, 2))]
     for i, got in enumerate(together(cache, toy, batch)):
         assert torch.equal(got, want[: len(got)]) or batch[i][1] is not tokens, f"pieces of {batch[i][0]} in a batch"
-
-
-def cut(cache, toy, tokens, pieces):
-    sequence, outs, at = cache.open(salt=str(pieces)), [], 0
-    for piece in pieces:
-        if chunk := tokens[at : at + piece]:
-            outs += toy.run([(sequence, chunk)])
-            sequence.settle()
-            at += piece
-    sequence.close()
-    return torch.cat(outs)
 
 
 def together(cache, toy, batch):
@@ -92,7 +63,7 @@ def test_the_cut_is_seen_where_attention_is_one_product_over_what_is_visible(mon
         outs, stored = [], pages[read.pages[lanes]].view(lanes.stop, read.items, -1, layout.row_bytes)
         for item, mask in enumerate(read.visible):
             seen = mask.any(0)
-            k, v = (codecs.decode(layout, name, stored[:, item][:, seen]) for name in "kv")
+            k, v = codecs.decode(layout, stored[:, item][:, seen]).values()
             rows = q.view(read.items, read.chunk, lanes.stop, -1, q.shape[-1])[item].permute(1, 2, 0, 3)
             weights = (rows @ k.mT[:, None]).masked_fill(~mask[:, seen], -torch.inf).softmax(-1)
             outs.append((weights @ v[:, None]).permute(2, 0, 1, 3).flatten(1, 2))
@@ -154,127 +125,6 @@ def test_slot_numbers_taken_for_positions_are_seen(monkeypatch):
     monkeypatch.setattr(Step, "_pages_of", by_slot)
     with sees():
         check_positions(cache_of("f32", "+window:70"), Retention(70))
-
-
-# 4. Facts and opinions: fork, trim, settle.
-
-
-def check_fork(cache):
-    """What either twin does next, the other never sees; and the past is the same rows, not copies of them."""
-    parent, tokens = cache.open(), text(45)
-    TOY.run([(parent, tokens)])
-    before, held = parent.read(0), pages_held(parent)
-    used = cache.books.in_use
-    child = parent.fork()
-    assert cache.books.in_use == used == held
-    alone = [cut(cache, TOY, tokens + more, [45, 30]) for more in (text(30, 1), text(30, 2))]
-    got = TOY.run([(parent, text(30, 1)), (child, text(30, 2))])
-    assert all(torch.equal(a[45:], b) for a, b in zip(alone, got, strict=True)), "a twin's output moved"
-    for twin in (parent, child):
-        assert all(torch.equal(rows[..., :45, :], twin.read(0)[n][..., :45, :]) for n, rows in before.items() if n in "kv")
-    child.close()
-    parent.trim(45)
-    assert torch.equal(parent.read(0)["k"], before["k"])
-    parent.close()
-    cache.check()
-
-
-@over_pages
-@over_codecs
-def test_a_fork_and_its_parent_never_see_each_other(kv, page):
-    check_fork(cache_of(kv, page=page))
-
-
-def test_a_fork_that_shares_its_open_page_is_seen(monkeypatch):
-    monkeypatch.setattr(Cache, "_unshare", lambda self, table: None)
-    with sees():
-        check_fork(cache_of("f32"))
-
-
-def state(cache, sequence):
-    """All that a sequence is, but for its page numbers."""
-    rows = sequence.read(0)
-    tables = [(t.logical.tolist(), t.pages.shape) for t in sequence.tables]
-    return list(sequence.tokens), tables, cache.books, cache.nbytes, len(cache.index), {n: x.tolist() for n, x in rows.items()}
-
-
-def check_rejected(cache_maker, accepted):
-    """Tokens that settle() rejects leave no trace: the state, and what follows, are those of a cache that never saw them."""
-    states, outs = [], []
-    for draft in (text(40, 3), text(40, 3)[:accepted]):
-        cache = cache_maker()
-        sequence = cache.open()
-        TOY.run([(sequence, text(50))])
-        sequence.settle()
-        if draft:
-            TOY.run([(sequence, draft)])
-        sequence.settle(accepted)
-        states.append(state(cache, sequence))
-        outs.append(TOY.run([(sequence, text(60, 4))])[0])
-        cache.check()
-    assert states[0] == states[1], "the state differs"
-    assert torch.equal(*outs), "what follows differs"
-
-
-@over_pages
-@over_retentions
-@pytest.mark.parametrize("accepted", [0, 1, 14, 39])
-def test_rejected_tokens_leave_no_trace(kept, page, accepted):
-    check_rejected(lambda: cache_of("int8", kept, page), accepted)
-
-
-def test_rejected_tokens_that_stay_are_seen(monkeypatch):
-    monkeypatch.setattr(Sequence, "trim", lambda self, length: None)
-    with sees():
-        check_rejected(lambda: cache_of("f32"), 3)
-
-
-def check_trim(cache):
-    """A trim to rows that are gone is refused, and names the position; a trim to later ones is not."""
-    sequence = cache.open()
-    TOY.fill(sequence, text(150))
-    sequence.settle()
-    TOY.fill(sequence, text(40))
-    with pytest.raises(SequenceError, match="settled at position 150"):
-        sequence.trim(149)
-    assert len(sequence) == 190
-    sequence.trim(150)
-    assert len(sequence) == 150
-
-
-def test_a_trim_below_what_was_dropped_names_the_position():
-    check_trim(cache_of("f32", "+window:40,sinks:5"))
-
-
-def test_a_trim_into_what_was_dropped_is_seen(monkeypatch):
-    honest = Sequence._drop
-    monkeypatch.setattr(Sequence, "_drop", lambda self: (honest(self), setattr(self, "_floor", 0)))
-    with sees(pytest.fail.Exception):
-        check_trim(cache_of("f32", "+window:40,sinks:5"))
-
-
-def test_append_drops_nothing_before_settle():
-    sequence = cache_of("f32", "+window:16").open()
-    for seed in range(5):
-        TOY.fill(sequence, text(20, seed))
-    assert sequence.read(0)["positions"].tolist() == list(range(100))
-    sequence.settle()
-    assert sequence.read(0)["positions"].tolist() == list(range(64, 100))
-
-
-# 5. Conservation: the state machine checks it after every step; here its check is seen failing.
-
-
-@pytest.mark.parametrize("method", ["release", "retain"])
-def test_pages_that_are_lost_or_given_twice_are_seen(monkeypatch, method):
-    cache = cache_of("f32")
-    sequence = cache.open()
-    TOY.fill(sequence, text(50))
-    monkeypatch.setattr(Arena, method, lambda *_: None)
-    twin = sequence.fork()
-    twin.close()
-    with sees():
-        cache.check()
 
 
 # 7. Budget law.
@@ -388,12 +238,12 @@ def poison(arena):
 
 def check_stale(cache):
     """Bytes that others left in a page never show."""
-    want = cut(cache_of(str(cache.spec)), TOY, text(300), [100, 1, 99, 100])
+    want = TOY.cut(cache_of(str(cache.spec)), text(300), [100, 1, 99, 100])
     keeper = cache.open(salt="keeper")
     TOY.fill(keeper, text(70))
     for _ in range(2):
         poison(cache.arena)
-        assert torch.equal(cut(cache, TOY, text(300), [100, 1, 99, 100]), want)
+        assert torch.equal(TOY.cut(cache, text(300), [100, 1, 99, 100]), want)
     assert not keeper.read(0)["k"].isnan().any()
 
 
@@ -422,8 +272,8 @@ def test_stale_bytes_of_a_page_that_is_not_blank_are_seen(monkeypatch):
 def check_causality(cache):
     """Appending moves no stored row and no earlier output."""
     tokens = text(160)
-    shorter = cut(cache, TOY, tokens[:100], [100])
-    assert torch.equal(cut(cache, TOY, tokens, [160])[:100], shorter), "an earlier output moved"
+    shorter = TOY.cut(cache, tokens[:100], [100])
+    assert torch.equal(TOY.cut(cache, tokens, [160])[:100], shorter), "an earlier output moved"
     sequence = cache.open()
     TOY.fill(sequence, tokens[:100])
     before = stored(cache, sequence, 100)
@@ -448,3 +298,48 @@ def test_attention_in_both_directions_is_seen(monkeypatch):
     monkeypatch.setattr(Retention, "visible", lambda self, asking, held: (asking >= 0) & (held < 1 << 50))
     with sees():
         check_causality(cache_of("f32"))
+
+
+# 1 again, through whole models: every linear product, norm and activation keeps it too.
+
+
+def tiny(family, weights):
+    """A random model whose width is no multiple of 64."""
+    torch.manual_seed(0)
+    if family == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=2, n_head=4, n_positions=640))
+    else:
+        sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "max_position_embeddings": 640}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes, **heads))
+    config = Config.from_hf(model.config.to_dict(), None, "tiny")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
+    return Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights=weights)
+
+
+class Logits:
+    """A model, to be run as a Toy is."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def run(self, chunks):
+        return list(self.model.run(chunks, every=True).split([len(tokens) for _, tokens in chunks]))
+
+    cut = Toy.cut
+
+
+@pytest.mark.parametrize("kv", ["bf16", "int4+window:70,sinks:5"])
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_cut_does_not_show_in_a_models_logits(family, weights, kv):
+    model = tiny(family, weights)
+    check_cut(model.cache(kv, memory=8 << 20), Logits(model))
+
+
+def test_the_cut_is_seen_where_activations_share_a_scale(monkeypatch):
+    honest = linear._product
+    model = tiny("llama", "bf16")
+    monkeypatch.setattr(linear, "_product", lambda fmt, held, x: honest(fmt, held, x / x.abs().max()) * x.abs().max())
+    with sees():
+        check_cut(model.cache("bf16", memory=8 << 20), Logits(model))

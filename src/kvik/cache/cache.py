@@ -251,10 +251,10 @@ class Cache:
         for part, positions, layout, rows in found:
             places = torch.from_numpy(np.searchsorted(every, positions))
             mine = torch.arange(heads) if part.heads is None else torch.tensor(part.heads)
-            for stream in layout.streams:
-                values = unrotated(layout, stream.name, decode(layout, stream.name, rows))
-                empty = values.new_full((heads, len(every), stream.width), torch.nan)
-                out.setdefault(stream.name, empty)[mine[:, None], places] = values
+            for name, stored in decode(layout, rows).items():
+                values = unrotated(layout, name, stored)
+                empty = values.new_full((heads, len(every), values.shape[-1]), torch.nan)
+                out.setdefault(name, empty)[mine[:, None], places] = values
         return out
 
     def publish(self, sequence: Sequence, block: Block, page: int) -> None:

@@ -65,8 +65,7 @@ class Model:
             weights: auto = the smallest format that holds them as the file does.
             fingerprint: of the file.
         """
-        if weights not in get_args(Weights):
-            raise UsageError(f"weights {weights!r}: use auto, {', '.join(FORMATS)}")
+        _check_weights(weights)
         self.config = config
         self.device = torch.device(device)
         self.weights: Format = _natural(tensors) if weights == "auto" else weights
@@ -141,6 +140,7 @@ def load(
     """
     from kvik.models import prepare
 
+    _check_weights(weights)
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda': torch sees no CUDA device here; use --device cpu")
     if device not in ("cpu", "cuda"):
@@ -151,6 +151,11 @@ def load(
         loaded.config, loaded.tensors,
         weights=weights, device=device, fingerprint=loaded.fingerprint, tokenizer=tokenizer,
     )  # fmt: skip
+
+
+def _check_weights(weights: str) -> None:
+    if weights not in get_args(Weights):
+        raise UsageError(f"weights {weights!r}: use {', '.join(get_args(Weights))}")
 
 
 def _natural(tensors: dict[str, Tensor | GroupQuantized]) -> Format:

@@ -97,7 +97,7 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
         return _resolve_gguf(path, progress)
     if _HUB_ID.fullmatch(model):
         return _resolve_hub(model, progress)
-    raise UsageError(f"{brief(model)} is no model that kvik can find; {_CHOICES}")
+    raise UsageError(f"{brief(model, 250)} is no model that kvik can find; {_CHOICES}")
 
 
 def _home_path() -> Path:

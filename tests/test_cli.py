@@ -1,0 +1,214 @@
+"""The command line: what it prints, and one clear line with exit code 2 for what can't be used."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import kvik.cli
+from kvik.models.prepare import resolve
+
+
+def kvik_command(*arguments, home=None, stdin=""):
+    """Runs the real command in a process of its own."""
+    environment = os.environ | ({"KVIK_HOME": str(home)} if home else {})
+    command = [sys.executable, "-m", "kvik.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, input=stdin, timeout=250)
+
+
+def in_process(monkeypatch, *arguments):
+    """Runs `main` here; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["kvik", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        kvik.cli.main()
+    return stopped.value.code
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["chat"], ["plan"]])
+def test_help_names_every_option_and_imports_no_torch(command):
+    script = "import sys, kvik.cli; sys.argv = ['kvik', *sys.argv[1:], '--help']\ntry: kvik.cli.main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, *command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout.endswith("False\n")
+    wanted = {"run": ["--kv", "--weights", "--device", "--temperature", "--top-p", "--top-k", "--seed", "--max-tokens",
+                      "--stop", "--raw", "--json"], "plan": ["--context", "--batch", "--memory", "--list"]}  # fmt: skip
+    for option in wanted.get("".join(command), []):
+        assert option in done.stdout
+
+
+def test_plan_prints_the_exact_bytes_of_opt_30b(monkeypatch, capsys):
+    code = in_process(monkeypatch, "plan", "opt-30b", "--context", 1024, "--batch", 128, "--kv", "f16", "--json")
+    assert code == 0
+    assert "180388626432" in capsys.readouterr().out
+
+
+def test_plan_list_is_sorted_by_size(monkeypatch, capsys):
+    assert in_process(monkeypatch, "plan", "--list", "--json") == 0
+    plans = json.loads(capsys.readouterr().out)
+    sizes = [plan["parameters"] for plan in plans]
+    assert sizes == sorted(sizes)
+    assert len(sizes) >= 40
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Files that can't be used, by name."""
+    (tmp_path / "truncated.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x07" * 20)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    (foreign / "config.json").write_text(json.dumps(config.to_dict()))
+    save_file({"something.else": torch.zeros(3, 3)}, foreign / "model.safetensors")
+    half = tmp_path / "half"
+    LlamaForCausalLM(config).save_pretrained(half)
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (tmp_path / "locked").write_text("a file where the home folder should be")
+    return tmp_path
+
+
+REFUSED = {
+    "truncated GGUF": (["--model", "{}/truncated.gguf"], ["truncated.gguf"]),
+    "foreign safetensors": (["--model", "{}/foreign"], ["something.else", "model.embed_tokens.weight"]),
+    "truncated safetensors": (["--model", "{}/half"], ["model.safetensors"]),
+    "no such model": (["--model", "{}/nothing-here"], ["nothing-here", "smollm2"]),
+    "wrong codec": (["--kv", "int5"], ["int5", "int8"]),
+    "wrong retention": (["--kv", "int8+windw:9"], ["windw:9", "window:1024"]),
+    "wrong weights": (["--weights", "int3"], ["int3", "int4"]),
+    "wrong device": (["--device", "tpu"], ["tpu", "cpu"]),
+    "wrong memory": (["--memory", "lots"], ["lots", "8GiB"]),
+    "wrong temperature": (["--temperature", "-1"], ["-1", "0.7"]),
+    "unknown option": (["--kvv", "int8"], ["--kvv", "--help"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_input_that_cannot_be_used_gives_one_line_and_exit_code_2(case, broken):
+    options, wanted = REFUSED[case]
+    done = kvik_command("run", *(option.format(broken) for option in options), "hi", home=broken / "home")
+    check_refusal(done, wanted)
+
+
+def check_refusal(done, wanted):
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("kvik: "), done.stderr
+    for text in wanted:
+        assert text in lines[0]
+
+
+def test_an_unwritable_home_folder_is_named_with_the_way_out(broken):
+    check_refusal(kvik_command("run", "hi", home=broken / "locked"), ["locked", "KVIK_HOME"])
+
+
+def test_plan_without_a_model_says_what_to_give():
+    check_refusal(kvik_command("plan"), ["kvik plan smollm2", "--list"])
+
+
+@pytest.mark.weights
+def test_run_streams_an_answer_and_its_facts():
+    done = kvik_command("run", "--max-tokens", 16, "What is the capital of Japan?")
+    assert done.returncode == 0, done.stderr
+    assert "Tokyo" in done.stdout
+    assert "payload" in done.stderr and "tokens/s" in done.stderr
+
+
+@pytest.mark.weights
+def test_run_json_has_every_fact_and_the_bytes_add_up():
+    done = kvik_command("run", "--json", "--kv", "k8v4", "--max-tokens", 6, "--raw", "-", stdin="The cat is on the")
+    facts = json.loads(done.stdout)
+    assert facts["new_tokens"] == len(facts["token_ids"]) == 6
+    assert facts["finish_reason"] == "length" and facts["cached_tokens"] == 0 and facts["prompt_tokens"] == 5
+    assert facts["kv_bytes"] == facts["kv_bytes_formula"] == (5 + 6 - 1) * 90 * (64 + 32)
+    assert facts["kv_bytes"] + facts["kv_overhead_bytes"] == facts["kv_allocated_bytes"]
+    assert facts["spec"] == "k8v4" and facts["weights"] == "int4"
+    assert facts["ttft_s"] > 0 < facts["tokens_per_s"]
+
+
+@pytest.mark.weights
+def test_run_without_a_cache_gives_the_same_tokens():
+    texts = [
+        json.loads(kvik_command("run", "--json", "--kv", kv, "--max-tokens", 8, "Name a colour.").stdout)
+        for kv in ("f32", "none")
+    ]
+    assert texts[0]["token_ids"] == texts[1]["token_ids"]
+    assert texts[1]["kv_allocated_bytes"] == 0 and texts[1]["spec"] == "none"
+
+
+@pytest.mark.weights
+def test_seeded_sampling_repeats_itself_and_other_seeds_differ():
+    def text(seed):
+        arguments = ["--json", "--temperature", "1.5", "--seed", seed, "--max-tokens", 12, "Tell me something."]
+        return json.loads(kvik_command("run", *arguments).stdout)["token_ids"]
+
+    assert text(1) == text(1) != text(2)
+
+
+@pytest.mark.weights
+def test_chat_knows_its_earlier_turns():
+    said = "What is the capital of Japan?\nThank you.\n/reset\nHi\n/exit\n"
+    done = kvik_command("chat", "--max-tokens", 12, stdin=said)
+    assert done.returncode == 0, done.stderr
+    assert "Tokyo" in done.stdout
+    known = [int(part.split()[-1]) for part in done.stderr.replace("\n", " ").split(" of ")[:-1] if part.split()[-1].isdigit()]
+    assert known[0] == 0 and known[1] > 37 and known[-1] == 0
+
+
+@pytest.mark.weights
+def test_a_prompt_beyond_the_context_and_a_budget_too_small_are_refused():
+    long = kvik_command("run", "-", stdin="word " * 9000)
+    check_refusal(long, ["8,192 positions", "shorten"])
+    check_refusal(kvik_command("run", "--memory", "100KiB", "hi"), ["102,400", "raise the budget"])
+
+
+@pytest.mark.weights
+def test_a_template_that_reaches_for_python_internals_is_refused(tmp_path):
+    prepared = resolve("smollm2")
+    for file in prepared.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    check_refusal(kvik_command("run", "--model", tmp_path, "hi"), ["template"])
+
+
+@pytest.mark.weights
+def test_ctrl_c_ends_with_130_and_nothing_half_made():
+    import signal
+
+    command = [sys.executable, "-m", "kvik.cli", "run", "Write a very long story."]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read(5)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_output_to_a_closed_pipe_is_no_traceback(monkeypatch):
+    def gone(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("kvik.plan.render_list", gone)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", _Terminal())
+    assert in_process(monkeypatch, "plan", "--list") == 1
+
+
+class _Terminal(io.StringIO):
+    def fileno(self):
+        return 1
+
+
+def test_version_is_the_packages(monkeypatch, capsys):
+    assert in_process(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == f"kvik {kvik.__version__}"
+

@@ -1,0 +1,37 @@
+"""`import kvik` offers exactly these names, and every one of them can be had."""
+
+import subprocess
+import sys
+
+import pytest
+
+import kvik
+
+NAMES = [
+    "Bytes", "Cache", "Generation", "KvikError", "LayerShape", "Model", "Request", "Sampling", "Sequence", "Spec",
+    "generate", "load",
+]  # fmt: skip
+
+
+def test_the_names_are_exactly_these():
+    assert sorted(kvik.__all__) == NAMES
+    assert dir(kvik) == [*sorted(kvik.__all__), "__version__"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_what_it_says(name):
+    assert getattr(kvik, name).__name__ == name
+    assert getattr(kvik, name).__doc__
+
+
+def test_a_name_that_is_not_there_is_an_error_that_names_it():
+    with pytest.raises(AttributeError, match="'kvik' has no attribute 'cash'"):
+        kvik.cash  # noqa: B018
+    with pytest.raises(ImportError, match="cash"):
+        exec("from kvik import cash")
+
+
+def test_a_star_gives_the_same_names():
+    code = "from kvik import *; print(sorted(n for n in dir() if not n.startswith('_')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(NAMES)
