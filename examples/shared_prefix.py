@@ -10,7 +10,7 @@ school, two bakeries and a library of eleven thousand books, most of them about 
 
 model = kvik.load("smollm2")
 cache = model.cache("int8", memory=64 << 20)
-for question in ("Who built the lighthouse?", "How many boats come in spring?"):
+for question in ("Who built the lighthouse?", "What do the herring bring in spring?"):
     text = model.tokenizer.chat([{"role": "user", "content": f"{DOCUMENT}\n\n{question}"}])
     prompt = model.tokenizer.encode(text)
     started = time.perf_counter()

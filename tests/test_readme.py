@@ -1,0 +1,66 @@
+"""What the README and the examples say is run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def python(*arguments, **options):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=250, cwd=ROOT, **options)
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def test_python_block_runs(code):
+    done = python("-W", "error", "-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def commands():
+    """The `kvik …` lines of the shell blocks, without their comments."""
+    lines = [line for language, code in BLOCKS if language == "sh" for line in code.splitlines()]
+    return [line for line in lines if line.startswith("kvik ")]
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("line", commands())
+def test_command_runs_as_written(line, tmp_path):
+    words = shlex.split(line, comments=True)[1:]
+    stdin = "What is the capital of Japan?" if words[-2:] == ["<", "long.txt"] else ""
+    words = words[:-2] if stdin else words
+    if "model.gguf" in words or "path/to/config.json" in words:
+        pytest.skip("needs the reader's own file")
+    short = ["--max-tokens", "8"] if words[0] in ("run", "chat") and "--max-tokens" not in words else []
+    done = python("-m", "kvik.cli", words[0], *short, *words[1:], input=stdin)
+    assert done.returncode == 0, done.stderr
+    assert words[0] == "chat" or done.stdout.strip()
+
+
+def test_the_readme_has_commands_to_run():
+    assert len(commands()) >= 8
+    assert sum(language == "python" for language, _ in BLOCKS) >= 2
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_runs(path):
+    done = python("-W", "error", str(path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_every_file_that_documents_name_exists():
+    for document in ("README.md", "DESIGN.md", "CONTRIBUTING.md", "docs/log.md"):
+        text = (ROOT / document).read_text()
+        for name in re.findall(r"`((?:ops|cache|models|engine|docs|examples|benchmarks|scripts|tests)/[\w./-]+)`", text):
+            assert (ROOT / name).exists() or (ROOT / "src/kvik" / name).exists(), f"{document} names {name}"
