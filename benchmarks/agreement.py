@@ -16,11 +16,11 @@ from kvik.models import prepare
 from kvik.ops.linear import dense
 
 PROMPTS = [
-    "What is the capital of France?", "Why is the sky blue?", "Write a haiku about rain.", "Name three primary colours.",
+    "What is the capital of France?", "Why is the sky blue?", "Write a haiku about rain.", "Name three colours.",
     "How do I boil an egg?", "What is 12 times 12?", "Tell me a joke about cats.", "Who wrote Hamlet?",
-    "Explain gravity to a child.", "List the planets in order.", "What does a compiler do?", "Translate 'good day' to French.",
-    "Give me a recipe for pancakes.", "What is photosynthesis?", "How far away is the moon?", "Describe a forest at night.",
-    "What is a prime number?", "Why do leaves fall in autumn?", "Write one sentence about trust.", "How does a bicycle stay up?",
+    "Explain gravity to a child.", "List the planets in order.", "What does a compiler do?", "Greet me in French.",
+    "Give me a recipe for pancakes.", "What is photosynthesis?", "How far is the moon?", "Describe a forest.",
+    "What is a prime number?", "Why do leaves fall?", "Write about trust.", "How does a bicycle stay up?",
 ]  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def kvik_texts(model: kvik.Model, prompts: list[list[int]], tokens: int, kv: str
     cache = model.cache(kv, shares=False)
     sequences = [cache.open() for _ in prompts]
     out: list[list[int]] = [[] for _ in prompts]
-    pending = {i: prompt for i, prompt in enumerate(prompts)}
+    pending = dict(enumerate(prompts))
     for _ in range(tokens):
         logits = model.run([(sequences[i], new) for i, new in pending.items()])
         chosen = dict(zip(pending, logits.argmax(dim=-1).tolist(), strict=True))

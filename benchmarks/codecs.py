@@ -9,9 +9,9 @@ KL in nats, share of tokens whose likeliest successor stays the same.
 from __future__ import annotations
 
 import argparse
+from pydoc_data.topics import topics
 
 import torch
-from pydoc_data.topics import topics
 
 import kvik
 

@@ -4,9 +4,12 @@ import time
 
 import kvik
 
-DOCUMENT = """Kvik is a small harbour town on a cold coast. Its lighthouse was built in 1874 by Marta Lund, who also
+DOCUMENT = (
+    """Kvik is a small harbour town on a cold coast. Its lighthouse was built in 1874 by Marta Lund, who also
 drew the town's first map. Every spring the herring arrive, and with them forty boats from the islands. The town has one
-school, two bakeries and a library of eleven thousand books, most of them about the sea. """ * 4
+school, two bakeries and a library of eleven thousand books, most of them about the sea. """
+    * 4
+)
 
 model = kvik.load("smollm2")
 cache = model.cache("int8", memory=64 << 20)

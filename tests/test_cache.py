@@ -256,6 +256,15 @@ def test_events_tell_the_life_of_a_sequence_in_order():
     ]
 
 
+@pytest.mark.parametrize("kv", ["f32", "f32; layers 0 heads 1: int4+window:40"])
+def test_an_empty_cache_has_books(kv):
+    cache = cache_of(kv)
+    for sequence in (None, cache.open()):
+        cache.check()
+        assert (cache.books.all, cache.nbytes.payload, cache.nbytes.allocated) == (0, 0, 0)
+        assert sequence is None or sequence.nbytes.allocated == 0
+
+
 def test_a_cache_that_does_not_share_finds_nothing():
     cache = cache_of("f32", shares=False)
     remember(cache, text(90))

@@ -103,7 +103,13 @@ def modules_after(*code):
     [
         ["import kvik"],
         ["import kvik.plan"],
-        ["import sys", "sys.argv = ['kvik', '--help']", "from kvik.cli import main", "try: main()", "except SystemExit: pass"],
+        [
+            "import sys",
+            "sys.argv = ['kvik', '--help']",
+            "from kvik.cli import main",
+            "try: main()",
+            "except SystemExit: pass",
+        ],
     ],
     ids=["import kvik", "import kvik.plan", "kvik --help"],
 )

@@ -30,7 +30,9 @@ def model(tmp_path_factory):
     backend.save(str(folder / "tokenizer.json"))
     torch.manual_seed(3)
     sizes = dict(vocab_size=258, hidden_size=64, intermediate_size=96, num_hidden_layers=2, max_position_embeddings=160)
-    theirs = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=list(EOS)))
+    theirs = LlamaForCausalLM(
+        LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=list(EOS))
+    )
     config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
     return Model(config, theirs.state_dict(), weights="f32", tokenizer=Tokenizer(folder))
 
@@ -109,10 +111,11 @@ def test_an_interrupt_leaves_the_sequence_usable_and_the_books_right(model, monk
     cache = model.cache("int8", memory=4 << 20)
     with cache.open() as sequence:
         generation = Generation(model, Request([5], 50, sampling=Sampling(1.5, seed=1)), sequence)
+        pieces = iter(generation)
+        next(pieces)
+        monkeypatch.setattr(model.decoder, "forward", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            for index, _ in enumerate(generation):
-                if index == 3:
-                    monkeypatch.setattr(model.decoder, "forward", _interrupted)
+            next(pieces)
         assert generation.finish_reason == "interrupted"
         cache.check()
         monkeypatch.undo()

@@ -42,7 +42,7 @@ FAMILIES = {
 
 @pytest.fixture(params=FAMILIES)
 def pair(request):
-    """(transformers' model, ours) with the same weights, in f32. Biases and norms are drawn too, not left at 0 and 1."""
+    """(transformers' model, ours) with the same weights, in f32. Biases and norms are drawn too."""
     torch.manual_seed(0)
     theirs = FAMILIES[request.param]().eval()
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_64_greedy_steps_equal_transformers(pair):
     ids = tokens(30, seed=1)
     with torch.no_grad():
         want = theirs.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, 30), max_new_tokens=64, min_new_tokens=64, do_sample=False,
+            torch.tensor([ids]), attention_mask=torch.ones(1, 30), max_new_tokens=64, do_sample=False,
             pad_token_id=0, eos_token_id=None, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
     with model.cache("f32", memory=8 << 20).open() as sequence:

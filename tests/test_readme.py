@@ -15,7 +15,9 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def python(*arguments, **options):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=250, cwd=ROOT, **options)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=250, cwd=ROOT, **options
+    )
 
 
 @pytest.mark.weights
@@ -62,5 +64,7 @@ def test_example_runs(path):
 def test_every_file_that_documents_name_exists():
     for document in ("README.md", "DESIGN.md", "CONTRIBUTING.md", "docs/log.md"):
         text = (ROOT / document).read_text()
-        for name in re.findall(r"`((?:ops|cache|models|engine|docs|examples|benchmarks|scripts|tests)/[\w./-]+)`", text):
+        for name in re.findall(
+            r"`((?:ops|cache|models|engine|docs|examples|benchmarks|scripts|tests)/[\w./-]+)`", text
+        ):
             assert (ROOT / name).exists() or (ROOT / "src/kvik" / name).exists(), f"{document} names {name}"

@@ -2,17 +2,17 @@
 
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
-from pydoc_data.topics import topics
 
 import kvik
 from kvik.engine.generation import Generation, Request, encode_prompt
 from kvik.ops.layout import CODECS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import agreement  # noqa: E402
+import agreement
 
 pytestmark = pytest.mark.weights
 CODEC_SPECS = [*CODECS, "k8v4"]
@@ -51,7 +51,9 @@ def check_cut(model, kv, text, others, pieces):
         for batch in ([text], [others[0], others[1], text, others[2], others[3]]):
             got = last_logits(model, kv, batch, piece)[batch.index(text)]
             for length, logits in got.items():
-                assert torch.equal(logits, whole[length - 1]), f"{kv}, pieces of {piece}, {len(batch)} texts, at {length}"
+                assert torch.equal(logits, whole[length - 1]), (
+                    f"{kv}, pieces of {piece}, {len(batch)} texts, at {length}"
+                )
 
 
 def model_logits(model, kv, text):

@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvik.engine.generation import generate as generate
     from kvik.cache.cache import Cache as Cache
     from kvik.cache.sequence import Sequence as Sequence
     from kvik.cache.spec import Bytes as Bytes
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from kvik.cache.spec import Spec as Spec
     from kvik.engine.generation import Generation as Generation
     from kvik.engine.generation import Request as Request
+    from kvik.engine.generation import generate as generate
     from kvik.engine.sampling import Sampling as Sampling
     from kvik.errors import KvikError as KvikError
     from kvik.models.model import Model as Model

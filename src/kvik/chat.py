@@ -26,7 +26,9 @@ class Chat:
         sequence: holds the rows of the text so far.
     """
 
-    def __init__(self, model: Model, cache: Cache, sampling: Sampling, max_tokens: int | None, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self, model: Model, cache: Cache, sampling: Sampling, max_tokens: int | None, stop: tuple[str, ...]
+    ) -> None:
         self.model, self.cache, self.sampling = model, cache, sampling
         self.max_tokens, self.stop = max_tokens, stop
         self.messages: list[dict[str, str]] = []
@@ -39,7 +41,9 @@ class Chat:
             ContextError: the conversation no longer fits the model; it stays as it was.
         """
         assert self.model.tokenizer is not None, "a chat needs a tokenizer"
-        prompt = self.model.tokenizer.encode(self.model.tokenizer.chat([*self.messages, {"role": "user", "content": text}]))
+        prompt = self.model.tokenizer.encode(
+            self.model.tokenizer.chat([*self.messages, {"role": "user", "content": text}])
+        )
         self.model.check_context(len(prompt) + 1)
         self._rewind(prompt)
         self.messages.append({"role": "user", "content": text})
@@ -62,7 +66,9 @@ class Chat:
     def _rewind(self, prompt: list[int]) -> None:
         """Trims the sequence to what it shares with the prompt, short of the prompt's last token."""
         known = self.sequence.tokens
-        shared = next((i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), min(len(known), len(prompt)))
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(known, prompt, strict=False)) if a != b), min(len(known), len(prompt))
+        )
         shared = min(shared, len(prompt) - 1)
         try:
             self.sequence.trim(shared)
@@ -72,7 +78,9 @@ class Chat:
 
     def loop(self, console: Console) -> None:
         """Reads messages from the terminal until it ends. Prompts and facts go to `console`, answers to stdout."""
-        console.print(f"{self.model.config.name} · cache {self.cache.spec} · {_HELP}", style="dim", highlight=False, markup=False)
+        console.print(
+            f"{self.model.config.name} · cache {self.cache.spec} · {_HELP}", style="dim", highlight=False, markup=False
+        )
         with contextlib.suppress(EOFError):
             while True:
                 try:
@@ -107,7 +115,8 @@ class Chat:
         self.hear(generation)
         prompt, held = len(generation.request.prompt), generation.nbytes
         parts = [
-            f"{generation.cached_tokens} of {prompt} tokens known · {len(generation.token_ids)} new ({generation.finish_reason})",
+            f"{generation.cached_tokens} of {prompt} tokens known",
+            f"{len(generation.token_ids)} new ({generation.finish_reason})",
             f"{generation.tokens_per_s:.1f} tokens/s · {held.payload:,} + {held.overhead:,} = {held.allocated:,} B",
             *([generation.note] if generation.note else []),
         ]

@@ -30,8 +30,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="smollm2, a safetensors folder, a .gguf file, or a hub id.")]
-KvOption = Annotated[str, typer.Option("--kv", help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …")]
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="smollm2, a safetensors folder, a .gguf file, or a hub id.")
+]
+KvOption = Annotated[
+    str, typer.Option("--kv", help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …")
+]
 WeightsOption = Annotated[str, typer.Option("--weights", help="How weights are held: auto, f32, bf16, int8 or int4.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 MemoryOption = Annotated[str | None, typer.Option("--memory", help="Budget of the cache, such as 64MiB.")]
@@ -39,7 +43,9 @@ TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest to
 TopPOption = Annotated[float, typer.Option(help="Only the likeliest tokens that together have this probability.")]
 TopKOption = Annotated[int, typer.Option(help="Only so many of the likeliest tokens; 0 = all.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes random choices repeatable.")]
-MaxTokensOption = Annotated[int | None, typer.Option(help="New tokens at the most; by default up to the model's context.")]
+MaxTokensOption = Annotated[
+    int | None, typer.Option(help="New tokens at the most; by default up to the model's context.")
+]
 StopOption = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; can be given several times.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 
@@ -48,7 +54,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 def run(
     prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads it from standard input.")],
     model: ModelOption = "smollm2",
-    kv: Annotated[str, typer.Option("--kv", help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …; none = no cache, recompute everything.")] = "bf16",
+    kv: Annotated[
+        str,
+        typer.Option(
+            "--kv",
+            help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …; none = recompute everything.",
+        ),
+    ] = "bf16",
     weights: WeightsOption = "auto",
     device: DeviceOption = "cpu",
     memory: MemoryOption = None,
@@ -58,7 +70,9 @@ def run(
     seed: SeedOption = None,
     max_tokens: MaxTokensOption = None,
     stop: StopOption = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as the beginning of the text, without a chat format.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Take the prompt as the beginning of the text, without a chat format.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt through the cache, and say what it cost."""
@@ -113,12 +127,20 @@ def chat(
 
 @app.command()
 def plan(
-    model: Annotated[str | None, typer.Argument(help="A well-known name (see --list), a config.json, a .gguf file, or a hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="A well-known name (see --list), a config.json, a .gguf file, or a hub id.")
+    ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens a sequence; by default the model's own context.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    kv: Annotated[str, typer.Option("--kv", help="What the cache keeps: f16, int8, k8v4, int4+window:1024,sinks:4 …")] = "f16",
-    weights: Annotated[str | None, typer.Option("--weights", help="How weights are held: f32, bf16, int8 or int4.")] = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="What it should fit into, such as 8GiB; by default this machine.")] = None,
+    kv: Annotated[
+        str, typer.Option("--kv", help="What the cache keeps: f16, int8, k8v4, int4+window:1024,sinks:4 …")
+    ] = "f16",
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="How weights are held: f32, bf16, int8 or int4.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option("--memory", help="What it should fit into, such as 8GiB; by default this machine.")
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="A table of well-known models, smallest first.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -151,7 +173,9 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """A KV cache for transformers: run a model through it, or plan what it costs."""
 
@@ -209,7 +233,9 @@ def _load(model: str, weights: str, device: str) -> Model:
     """Loads with a progress bar where there is something to prepare."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=_stderr(), transient=True) as bar:
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=_stderr(), transient=True
+    ) as bar:
         task = bar.add_task(f"loading {model}", total=None)
 
         def show(what: str, done: int, total: int) -> None:
@@ -268,7 +294,8 @@ def _show_facts(facts: dict[str, Any], model: Model, spec: Spec | None) -> None:
         lines.append("cache none: every step computed every token's keys and values again")
     else:
         lines.append(
-            f"cache {spec}: {facts['kv_bytes']:,} B payload ({facts['kv_tokens']} tokens) + {facts['kv_overhead_bytes']:,} B overhead "
+            f"cache {spec}: {facts['kv_bytes']:,} B payload ({facts['kv_tokens']} tokens) "
+            f"+ {facts['kv_overhead_bytes']:,} B overhead "
             f"= {facts['kv_allocated_bytes']:,} B"
         )
     lines.append(f"weights {facts['weights']}: {format_bytes(model.nbytes)}")

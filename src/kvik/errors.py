@@ -1,16 +1,16 @@
 """What can go wrong, as one tree. Every message is one line: what was wrong, what follows, the way out.
 
-    KvikError
-    ├── SpecError            a cache specification that can't be read or doesn't fit the model
-    ├── BudgetError          more bytes were needed than the budget leaves
-    ├── SequenceError        a Sequence was used in a way its state does not allow
-    ├── ModelError           a model can't be used
-    │   ├── ConfigError      its configuration is missing, damaged, or of an unknown family
-    │   ├── WeightsError     a tensor is missing, extra, mis-shaped, truncated or of an unknown type
-    │   └── TokenizerError   its tokenizer or chat template is missing, damaged or hostile
-    ├── ContextError         more tokens than the model has positions for
-    ├── StorageError         a file or folder can't be read or written
-    └── UsageError           an option has a value that it can't have
+KvikError
+├── SpecError            a cache specification that can't be read or doesn't fit the model
+├── BudgetError          more bytes were needed than the budget leaves
+├── SequenceError        a Sequence was used in a way its state does not allow
+├── ModelError           a model can't be used
+│   ├── ConfigError      its configuration is missing, damaged, or of an unknown family
+│   ├── WeightsError     a tensor is missing, extra, mis-shaped, truncated or of an unknown type
+│   └── TokenizerError   its tokenizer or chat template is missing, damaged or hostile
+├── ContextError         more tokens than the model has positions for
+├── StorageError         a file or folder can't be read or written
+└── UsageError           an option has a value that it can't have
 """
 
 from __future__ import annotations

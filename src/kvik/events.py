@@ -1,4 +1,4 @@
-"""What a cache did, as frozen dataclasses. `Cache.listen(callback)` sends each one, in order, from the caller's thread."""
+"""What a cache did, as frozen dataclasses. `Cache.listen(callback)` sends each, in order, in the caller's thread."""
 
 from __future__ import annotations
 

@@ -150,7 +150,9 @@ class Arena:
         source = live[~np.isin(home, kept)]
         if len(source) == 0:
             return None
-        target = np.array([p for slab in kept.tolist() for p in owner.free.get(slab, ())][: len(source)], dtype=np.int64)
+        target = np.array(
+            [p for slab in kept.tolist() for p in owner.free.get(slab, ())][: len(source)], dtype=np.int64
+        )
         index = torch.from_numpy(np.stack((source, target))).to(self.device)
         owner.view[index[1]] = owner.view[index[0]]
         owner.refs[target], owner.refs[source] = owner.refs[source], 0

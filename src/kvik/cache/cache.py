@@ -66,6 +66,8 @@ class Cache:
         largest = max((group.page_bytes for group in spec.groups), default=1)
         capacity = memory_total() if self.device.type == "cpu" else budget
         self.arena = Arena(budget, capacity, largest, self.device)
+        for group in spec.groups:
+            self.arena.page_class(group.page_bytes)
         self.index = PrefixIndex(spec)
         self.parts = _parts(spec)
         self.active: Step | None = None
@@ -120,7 +122,7 @@ class Cache:
         return Step(self, chunks)
 
     def resize(self, memory: int) -> None:
-        """Sets the budget, at run time. Shrinking drops unreferenced blocks, moves pages together and gives memory back.
+        """Sets the budget, at run time. Shrinking drops unused blocks, moves pages together and gives memory back.
 
         Raises:
             BudgetError: the machine does not have that much, or open sequences hold more; the budget stays as it was.
@@ -135,7 +137,7 @@ class Cache:
             if not self._evict():
                 held = self.arena.held
                 raise BudgetError(
-                    f"the cache can't shrink to {memory:,} bytes: open sequences hold {held:,}; close some, or shrink less",
+                    f"the cache can't shrink to {memory:,} bytes: open sequences hold {held:,}; close some",
                     needed=held, available=memory,
                 )  # fmt: skip
             self._defragment()

@@ -10,7 +10,10 @@ _CGROUP = Path("/sys/fs/cgroup")
 def memory_available(cgroup: Path = _CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
     """Bytes that this process can still take: the least of what the system and its control group leave."""
     candidates = [_meminfo(meminfo, "MemAvailable")]
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
         bound = _number(cgroup / limit)
         if bound is not None:
             candidates.append(max(bound - (_number(cgroup / used) or 0), 0))

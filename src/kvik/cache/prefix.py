@@ -45,7 +45,7 @@ def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 @dataclass
 class Block:
-    """One run of N tokens: for each group its pages, one a lane; None where they were dropped before it was published."""
+    """One run of N tokens: for each group its pages, one a lane; None where they had been dropped before."""
 
     key: bytes
     parent: bytes

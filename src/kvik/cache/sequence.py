@@ -99,7 +99,9 @@ class Sequence:
     def __enter__(self) -> Sequence:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def append(self, tokens: Seq[int]) -> Step:
@@ -133,7 +135,9 @@ class Sequence:
         """
         self._check()
         if not 0 <= length <= len(self.tokens):
-            raise SequenceError(f"trim to {length}: the sequence has {len(self.tokens)} tokens; give 0 to {len(self.tokens)}")
+            raise SequenceError(
+                f"trim to {length}: the sequence has {len(self.tokens)} tokens; give 0 to {len(self.tokens)}"
+            )
         if length < self._floor:
             raise SequenceError(
                 f"trim to {length}: rows were dropped when the sequence settled at position {self._floor}; "
@@ -156,7 +160,9 @@ class Sequence:
         if accepted is not None:
             pending = len(self.tokens) - self._settled
             if not 0 <= accepted <= pending:
-                raise SequenceError(f"settle({accepted}): {pending} tokens were appended since the last settle; give 0 to {pending}")
+                raise SequenceError(
+                    f"settle({accepted}): {pending} tokens were appended since the last settle; give 0 to {pending}"
+                )
             self.trim(self._settled + accepted)
         self._settled = len(self.tokens)
         self._publish()

@@ -1,6 +1,6 @@
 """What is kept, as frozen data that adds up its own bytes before anything is allocated.
 
-A spec string is rules divided by `;`. The first is for every lane; later ones change some layers, or some of their heads:
+A spec string is rules divided by `;`. The first is for every lane, later ones change some layers or some heads:
 
     int8                                      every row in 8 bits
     k8v4                                      keys in 8 bits, values in 4
@@ -24,6 +24,7 @@ from kvik.ops.layout import CODECS, Codec, RowLayout, Stream, nearest_codec
 
 PAGE_SIZE = 32
 TABLE_BYTES = 4  # a page table's entry
+_EXAMPLES = {"window": 1024, "sinks": 4}
 _SHORT = {"32": "f32", "16": "bf16", "8": "int8", "4": "int4"}
 
 
@@ -176,7 +177,9 @@ class Rule:
             codec = named.get("", named.get(name))
             if codec is None:
                 have = " and ".join(n for n, _ in shape.streams)
-                raise SpecError(f"spec gives codecs for {' and '.join(named)}, but this model keeps {have}: use one codec")
+                raise SpecError(
+                    f"spec gives codecs for {' and '.join(named)}, but this model keeps {have}: use one codec"
+                )
             streams.append(Stream(name, width, codec))
         return RowLayout(tuple(streams))
 
@@ -215,7 +218,9 @@ def parse_rules(text: str, page_size: int = PAGE_SIZE) -> tuple[list[Rule], int]
 def _selected(part: str, text: str) -> Rule:
     match = re.fullmatch(r"layers?\s+([\d,\s-]+?)(?:\s+heads?\s+([\d,\s-]+?))?\s*:\s*(.+)", part)
     if match is None:
-        raise SpecError(f"spec {text!r}: {part!r} is no rule; write 'layers 0-1: bf16', 'layers 2 heads 0: int8' or 'page 64'")
+        raise SpecError(
+            f"spec {text!r}: {part!r} is no rule; write 'layers 0-1: bf16', 'layers 2 heads 0: int8' or 'page 64'"
+        )
     base = _rule(match[3], text)
     heads = None if match[2] is None else tuple(_numbers(match[2], text))
     return Rule(base.codecs, base.retention, tuple(_numbers(match[1], text)), heads)
@@ -230,7 +235,9 @@ def _codecs(part: str, text: str) -> tuple[tuple[str, Codec], ...]:
     if match := re.fullmatch(r"k(\d+)v(\d+)", part):
         for bits in match.groups():
             if bits not in _SHORT:
-                raise SpecError(f"spec {text!r}: {part!r} has {bits} bits; k and v take {', '.join(_SHORT)}, as in 'k8v4'")
+                raise SpecError(
+                    f"spec {text!r}: {part!r} has {bits} bits; k and v take {', '.join(_SHORT)}, as in 'k8v4'"
+                )
         return _merged(("k", CODECS[_SHORT[match[1]]]), ("v", CODECS[_SHORT[match[2]]]))
     if ":" in part:
         pairs = [tuple(item.strip().split(":", 1)) for item in part.split(",")]
@@ -243,7 +250,9 @@ def _codecs(part: str, text: str) -> tuple[tuple[str, Codec], ...]:
 def _codec(name: str, text: str) -> Codec:
     if name not in CODECS:
         hint = "k8v4" if name.startswith("k") else nearest_codec(name)
-        raise SpecError(f"spec {text!r}: {name!r} is no codec; use {', '.join(CODECS)} or a pair like k8v4 (did you mean {hint!r}?)")
+        raise SpecError(
+            f"spec {text!r}: {name!r} is no codec; use {', '.join(CODECS)} or a pair like k8v4 (did you mean {hint!r}?)"
+        )
     return CODECS[name]
 
 
@@ -254,12 +263,18 @@ def _retention(part: str, text: str) -> Retention:
     for item in part.split(","):
         name, _, number = (piece.strip() for piece in item.partition(":"))
         if name not in ("window", "sinks"):
-            raise SpecError(f"spec {text!r}: {item.strip()!r} is no retention; use 'full', 'window:1024' or 'window:1024,sinks:4'")
+            raise SpecError(
+                f"spec {text!r}: {item.strip()!r} is no retention; use 'full', 'window:1024' or 'window:1024,sinks:4'"
+            )
         if not number.isdecimal() or len(number) > 9 or (name == "window" and int(number) < 1) or name in values:
-            raise SpecError(f"spec {text!r}: {item.strip()!r} needs one whole number of rows, as in '{name}:{dict(window=1024, sinks=4)[name]}'")
+            raise SpecError(
+                f"spec {text!r}: {item.strip()!r} needs one whole number of rows, as in '{name}:{_EXAMPLES[name]}'"
+            )
         values[name] = int(number)
     if "window" not in values:
-        raise SpecError(f"spec {text!r}: sinks alone keep almost nothing; add a window, as in 'window:1024,sinks:{values['sinks']}'")
+        raise SpecError(
+            f"spec {text!r}: sinks alone keep almost nothing; add a window, as in 'window:1024,sinks:{values['sinks']}'"
+        )
     return Retention(values["window"], values.get("sinks", 0))
 
 

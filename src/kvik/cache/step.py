@@ -100,10 +100,14 @@ class Step:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for sequence in self.sequences:
             sequence._busy = False
-        missing = [layer for layer in range(len(self.cache.parts)) if self.cache.parts[layer] and layer not in self._done]
+        missing = [
+            layer for layer in range(len(self.cache.parts)) if self.cache.parts[layer] and layer not in self._done
+        ]
         if kind is not None or missing:
             self._undo()
         else:
@@ -175,7 +179,9 @@ class Step:
             want = (*slots.shape, stream.width)
             if stream.name not in rows or rows[stream.name].shape != want:
                 got = tuple(rows[stream.name].shape) if stream.name in rows else "nothing"
-                raise SequenceError(f"layer {layer}, stream {stream.name}: got {got}, needs (tokens, heads, width) = {want}")
+                raise SequenceError(
+                    f"layer {layer}, stream {stream.name}: got {got}, needs (tokens, heads, width) = {want}"
+                )
 
     def _undo(self) -> None:
         """Gives back what was reserved. Rows written into old pages lie beyond the sequence's end: never seen."""
@@ -221,10 +227,12 @@ class Step:
         visible = self.cache.spec.groups[group].retention.visible(asking[:, :, None], held[:, None, :])
         rows = np.concatenate([np.arange(item.first, item.first + n) for item in items])
         whole = len(rows) == total and bool((rows == np.arange(total)).all())
-        to = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device)  # noqa: E731
-        return Reads(None if whole else to(rows), n, to(pages), to(visible), to(asking), to(held))
+        tensors = [torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in (pages, visible, asking, held)]
+        return Reads(None if whole else torch.from_numpy(rows).to(device), n, *tensors)
 
-    def _pages_of(self, table: Table, wanted: tuple[int, ...], tiles: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _pages_of(
+        self, table: Table, wanted: tuple[int, ...], tiles: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Pages [lanes, tiles · TILE/N] and their logical numbers [tiles · TILE/N], -1 where there is a hole."""
         each = TILE // self.cache.spec.page_size
         logical = np.full(tiles * each, -1, np.int64)

@@ -165,12 +165,14 @@ class Generation:
         if not self._full:
             return f"stopped after {self._limit} new tokens; raise --max-tokens for more"
         positions = self.model.config.max_positions
-        return f"stopped at the model's last position, {positions:,}; shorten the prompt, start anew, or use a model with more"
+        return f"stopped at the model's last position, {positions:,}; shorten the prompt, or use a model with more"
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
     """How many last characters of the text may be the beginning of a stop text."""
-    return max((n for stop in stops for n in range(1, min(len(stop), len(text)) + 1) if text.endswith(stop[:n])), default=0)
+    return max(
+        (n for stop in stops for n in range(1, min(len(stop), len(text)) + 1) if text.endswith(stop[:n])), default=0
+    )
 
 
 def generate(

@@ -1,4 +1,4 @@
-"""Llama (arXiv:2302.13971, 2307.09288), and with it Mistral and SmolLM: rotary positions, grouped queries, RMSNorm, SwiGLU.
+"""Llama (arXiv:2302.13971), and with it Mistral and SmolLM: rotary positions, grouped queries, RMSNorm, SwiGLU.
 
 x = x + W_o attention(rotate(W_q n), rotate(W_k n), W_v n)          n = rmsnorm(x)
 x = x + W_down (silu(W_gate n) · W_up n)                            n = rmsnorm(x)
@@ -66,7 +66,7 @@ class Llama:
         scale = config.head_dim**-0.5
         x = self.embedding.rows(tokens)
         for layer, block in enumerate(self.blocks):
-            qkv = block.qkv(block.attention_norm(x)).unflatten(1, (-1, config.head_dim))
+            qkv = block.qkv(block.attention_norm(x)).view(len(tokens), -1, config.head_dim)
             qk = self.rotation.turn(qkv[:, :turned], angles)
             step.append(layer, k=qk[:, queries:], v=qkv[:, turned:])
             x = x + block.o(step.attend(layer, qk[:, :queries], scale=scale).out.flatten(1))

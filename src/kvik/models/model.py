@@ -100,16 +100,15 @@ class Model:
             ContextError: a sequence would pass the model's last position; nothing changed.
             BudgetError: the cache has no room; nothing changed.
         """
+        known = self.config.vocab_size
         for sequence, tokens in chunks:
             self.check_context(len(sequence) + len(tokens))
+            if not all(0 <= token < known for token in tokens):
+                raise UsageError(f"token ids must be 0 to {known - 1}; got {min(tokens)} to {max(tokens)}")
         with chunks[0][0].cache.step(chunks) as step:
-            tokens = torch.tensor(step.tokens, device=self.device)
-            if int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
-                raise UsageError(
-                    f"token ids must be 0 to {self.config.vocab_size - 1}; got {int(tokens.min())} to {int(tokens.max())}"
-                )
+            ids = torch.tensor(step.tokens, device=self.device)
             rows = torch.arange(len(step.tokens)) if every else torch.tensor(step.last)
-            return self.decoder.forward(step, tokens, rows.to(self.device))
+            return self.decoder.forward(step, ids, rows.to(self.device))
 
     def check_context(self, tokens: int) -> None:
         """Raises ContextError if a text of so many tokens is longer than the model's positions."""
@@ -127,7 +126,7 @@ def load(
     device: str = "cpu",
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
-    """Loads a model: `smollm2`, a safetensors folder, a GGUF file, or a hub id. The first time may download and prepare.
+    """Loads a model: `smollm2`, a safetensors folder, a GGUF file, or a hub id. The first time it may be prepared.
 
     Args:
         model: name or path.

@@ -19,7 +19,7 @@ class Rotation:
     """Rotary position embedding (RoFormer, arXiv:2104.09864) over neighbouring pairs of channels.
 
     Transformers pairs channel i with i + D/2; `paired` reorders a projection's outputs so that pairs are neighbours,
-    which changes no score: queries and keys are reordered alike. A pair is then one complex number, turned by one product.
+    which changes no score: queries and keys are reordered alike. A pair is then one complex number.
     """
 
     def __init__(self, rope: Rope, device: torch.device) -> None:
@@ -33,7 +33,7 @@ class Rotation:
 
     def turn(self, x: Tensor, angles: Tensor) -> Tensor:
         """f32 [T, H, D] by the angles of its T positions."""
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * angles).flatten(-2)
+        return torch.view_as_real(torch.view_as_complex(torch.unflatten(x, -1, (-1, 2))) * angles).flatten(-2)
 
 
 def paired(weight: Tensor | GroupQuantized, heads: int) -> Tensor | GroupQuantized:

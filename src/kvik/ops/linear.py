@@ -60,7 +60,7 @@ class GroupQuantized:
 
     def dequantize(self) -> Tensor:
         """The weight as f32 [N, K]."""
-        codes = self.unpacked().to(torch.float32).unflatten(1, (-1, self.group))
+        codes = torch.unflatten(self.unpacked().to(torch.float32), 1, (-1, self.group))
         return (codes * self.scale.float().unsqueeze(-1) + self.zero.float().unsqueeze(-1)).flatten(1)
 
     def rows(self, index: Tensor) -> GroupQuantized:
@@ -79,8 +79,8 @@ def stack(*weights: Tensor | GroupQuantized) -> Tensor | GroupQuantized:
     kinds = {(w.bits, w.group, w.scale.dtype) for w in quantized}
     if len(quantized) < len(weights) or len(kinds) > 1:
         return torch.cat([dense(w) for w in weights])
-    fields = ([w.codes for w in quantized], [w.scale for w in quantized], [w.zero for w in quantized])
-    return GroupQuantized(*(torch.cat(field) for field in fields), bits=quantized[0].bits)
+    codes, scale, zero = (torch.cat([getattr(w, field) for w in quantized]) for field in ("codes", "scale", "zero"))
+    return GroupQuantized(codes, scale, zero, quantized[0].bits)
 
 
 class Linear:
@@ -183,7 +183,7 @@ def _hold_int4(weight: Tensor | GroupQuantized) -> tuple[Tensor, ...]:
         codes, scale, zero = weight.unpacked(), weight.scale.float(), weight.zero.float()
         codes, scale, zero = (_padded(t, columns=False) for t in (codes, scale, zero))
     else:
-        grouped = _padded(dense(weight)).unflatten(1, (-1, GROUP))
+        grouped = torch.unflatten(_padded(dense(weight)), 1, (-1, GROUP))
         zero = grouped.amin(dim=-1)
         scale = ((grouped.amax(dim=-1) - zero) / 15).clamp_min(2.0**-126)
         codes = ((grouped - zero.unsqueeze(-1)) / scale.unsqueeze(-1)).round().clamp(0, 15).flatten(1)

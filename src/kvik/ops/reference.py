@@ -64,7 +64,7 @@ class Reads:
             items, n, slots = self.visible.shape
             rows = (~self.visible).unsqueeze(2).expand(-1, -1, shared, -1).reshape(items, n * shared, slots)
             rows = torch.nn.functional.pad(rows, (0, 0, 0, -n * shared % multiple), value=True)
-            self._hidden[shared] = rows.unflatten(2, (-1, TILE)).transpose(1, 2).contiguous().unsqueeze(0)
+            self._hidden[shared] = torch.unflatten(rows, 2, (-1, TILE)).transpose(1, 2).contiguous().unsqueeze(0)
         return self._hidden[shared]
 
 
@@ -173,8 +173,8 @@ def _attend(
         scores = (scores / softcap).tanh_().mul_(softcap)
 
     if bias is not None:  # the scores of queries that are no padding, as [L, I, C, n, G, TILE]
-        real = scores.view(count, items, tiles, -1, TILE)[:, :, :, :used].unflatten(3, (n, shared))
-        real += bias.unflatten(-1, (tiles, TILE)).permute(0, 1, 4, 2, 3, 5)
+        real = torch.unflatten(scores.view(count, items, tiles, -1, TILE)[:, :, :, :used], 3, (n, shared))
+        real += torch.unflatten(bias, -1, (tiles, TILE)).permute(0, 1, 4, 2, 3, 5)
     scores.view(count, items, tiles, -1, TILE).masked_fill_(read.hidden(shared, multiple), UNSEEN)
     peak = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(peak).exp_()
@@ -209,7 +209,9 @@ def _by_token(x: Tensor, count: int, items: int, n: int, shared: int) -> Tensor:
 def _mass(weights: Tensor, peak: Tensor, top: Tensor, total: Tensor, count: int, items: int, used: int) -> Tensor:
     """Each slot's share of attention, summed over the real queries: [L, I, S]."""
     batch = count * items
-    share = weights.view(batch, -1, *weights.shape[1:]) * ((peak.view(batch, -1, *peak.shape[-2:]) - top.unsqueeze(1)).exp() / total.unsqueeze(1))
+    share = weights.view(batch, -1, *weights.shape[1:]) * (
+        (peak.view(batch, -1, *peak.shape[-2:]) - top.unsqueeze(1)).exp() / total.unsqueeze(1)
+    )
     return share[:, :, :used].sum(dim=2).reshape(count, items, -1)
 
 
@@ -217,7 +219,7 @@ def _bias(bias: Tensor, read: Reads, count: int) -> Tensor:
     """[H, R] by distance → [L, I, n, G, S] by slot."""
     back = read.asking.unsqueeze(-1) - read.held.unsqueeze(1)
     table = bias[:, back.clamp(0, bias.shape[1] - 1)]  # [H, I, n, S]
-    return table.unflatten(0, (count, -1)).permute(0, 2, 3, 1, 4)
+    return torch.unflatten(table, 0, (count, -1)).permute(0, 2, 3, 1, 4)
 
 
 def merge(a: Partial, b: Partial) -> Partial:

@@ -1,0 +1,276 @@
+"""The arena: slabs, pages of several sizes, budgets, real memory; and the limits of a container."""
+
+import gc
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import Toy, make_cache, sees, shapes, text
+from kvik.cache.arena import SLAB, Arena
+from kvik.cache.limits import memory_available, memory_total
+from kvik.errors import BudgetError, UsageError
+
+MIB = 1 << 20
+
+
+def arena_of(budget=4 * SLAB, largest=8192):
+    return Arena(budget, 64 * MIB, largest, torch.device("cpu"))
+
+
+def resident():
+    """Bytes of real memory that this process has."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+# Pages.
+
+
+def test_a_page_belongs_to_one_holder_and_comes_zeroed():
+    arena = arena_of()
+    for _ in range(3):
+        pages = np.concatenate([arena.take(4096, 30), arena.take(4096, 70)])
+        view = arena.page_class(4096).view
+        assert len(set(pages.tolist())) == 100
+        assert not view[torch.from_numpy(pages)].any()
+        view[torch.from_numpy(pages)] = 0xFF
+        arena.release(4096, pages)
+    assert arena.held == 0
+
+
+def test_a_page_leaves_with_its_last_reference():
+    arena = arena_of()
+    pages = arena.take(4096, 4)
+    arena.retain(4096, pages[:2])
+    arena.release(4096, pages)
+    assert arena.page_class(4096).refs[pages].tolist() == [1, 1, 0, 0]
+    assert arena.held == SLAB
+    arena.release(4096, pages[:2])
+    assert arena.held == 0
+
+
+def test_an_empty_slab_serves_any_size():
+    arena = arena_of(budget=2 * SLAB)
+    small = arena.take(2048, 2 * SLAB // 2048)
+    assert not arena.fits({8192: 1})
+    arena.release(2048, small)
+    assert arena.fits({8192: 2 * SLAB // 8192})
+    arena.take(8192, 2 * SLAB // 8192)
+    assert arena.held == arena.budget
+
+
+@pytest.mark.parametrize("page_bytes", [320, 1000, 2048, 3264, 4224, 8192, 30000])
+def test_pages_of_any_size_lie_wholly_in_slabs_and_never_overlap(page_bytes):
+    arena = arena_of(budget=8 * SLAB, largest=32768)
+    other = arena.take(1024, 1)
+    count = 0
+    while arena.fits({page_bytes: 1}):
+        arena.take(page_bytes, 1)
+        count += 1
+    pages = np.flatnonzero(arena.page_class(page_bytes).refs)
+    first, last = pages * page_bytes // SLAB, (pages * page_bytes + page_bytes - 1) // SLAB
+    assert len(pages) == count
+    assert (first == last).all()
+    assert int(other[0]) * 1024 // SLAB not in first
+    assert count >= 7 * (SLAB // page_bytes - 1)
+    assert arena.held <= arena.budget
+
+
+@pytest.mark.parametrize("wanted", [{4096: 1}, {4096: 65}, {4224: 61}, {4224: 62, 4096: 64}, {30000: 17, 320: 818}])
+def test_a_cost_is_never_less_than_what_is_taken(wanted):
+    arena = arena_of(budget=16 * SLAB, largest=32768)
+    arena.take(4096, 3)
+    before, cost = arena.held, arena.cost(wanted)
+    for size, count in wanted.items():
+        arena.take(size, count)
+    assert arena.held - before <= cost
+
+
+def test_a_large_page_makes_larger_slabs():
+    layers = shapes(layers=1, heads=2, width=256)
+    cache, toy = make_cache("f32", layers, memory=32 * MIB, page=128), Toy(layers)
+    assert cache.spec.groups[0].page_bytes == 256 * 1024
+    assert cache.arena.slab_bytes == 2 * MIB
+    with cache.open() as sequence:
+        out = toy.run([(sequence, text(300))])[0]
+        assert torch.equal(out, toy.cut(make_cache("f32", layers, memory=32 * MIB, page=16), text(300), [300]))
+        cache.check()
+        assert cache.nbytes.allocated == 2 * MIB + sequence.tables[0].nbytes
+
+
+def test_groups_of_different_page_sizes_share_slabs_in_turn():
+    layers = shapes(layers=2, width=64)
+    toy = Toy(layers)
+    for _ in range(2):  # what one group gave back, the other takes
+        cache = make_cache("f32+window:32; layers 1: int4", layers, memory=6 * SLAB, shares=False)
+        with cache.open() as sequence:
+            for seed in range(12):
+                toy.fill(sequence, text(90, seed))
+                sequence.settle()
+            cache.check()
+            wide, narrow = (cache.arena.classes[group.page_bytes] for group in cache.spec.groups)
+            assert wide.page_bytes != narrow.page_bytes
+            held = sum(len(o.of_slab(s)) - len(o.free.get(s, ())) for o in (wide, narrow) for s in range(6))
+            assert held
+        assert cache.arena.held == 0
+
+
+# Budgets.
+
+
+@pytest.mark.parametrize("slabs", [0, 1, 2, 5])
+def test_the_budget_is_never_exceeded(slabs):
+    layers = shapes()
+    cache, toy = make_cache("f32", layers, memory=slabs * SLAB + SLAB // 2), Toy(layers)
+    sequence = cache.open()
+    with pytest.raises(BudgetError) as error:
+        for seed in range(1000):
+            toy.fill(sequence, text(40, seed))
+            cache.check()
+    assert cache.arena.slabs_used == slabs
+    assert error.value.needed > error.value.available
+    assert error.value.available == cache.budget - cache.arena.held
+    cache.check()
+
+
+def test_a_budget_beyond_the_machine_or_below_nothing_is_refused():
+    with pytest.raises(BudgetError, match="machine has left") as error:
+        make_cache(memory=1 << 60)
+    assert (error.value.needed, error.value.available > 0) == (1 << 60, True)
+    with pytest.raises(UsageError, match="positive"):
+        make_cache(memory=-1)
+    cache = make_cache()
+    with pytest.raises(BudgetError):
+        cache.resize(1 << 60)
+    assert cache.budget == 8 * MIB
+
+
+def test_a_budget_can_grow_and_shrink_while_sequences_are_open():
+    layers = shapes()
+    cache, toy = make_cache("f32", layers, memory=2 * SLAB), Toy(layers)
+    sequence = cache.open()
+    toy.fill(sequence, text(60))
+    with pytest.raises(BudgetError):
+        toy.fill(sequence, text(600))
+    cache.resize(12 * SLAB)
+    toy.fill(sequence, text(600))
+    before = sequence.read(1)
+    with pytest.raises(BudgetError, match="close some"):
+        cache.resize(2 * SLAB)
+    assert cache.budget == 12 * SLAB
+    sequence.trim(100)
+    cache.resize(2 * SLAB)
+    cache.check()
+    assert torch.equal(sequence.read(1)["k"], before["k"][:, :100])
+
+
+def check_defragment(cache, toy):
+    """Many interleaved sequences, most closed: a shrink moves the rest together and keeps every row."""
+    sequences = [cache.open() for _ in range(40)]
+    for turn in range(4):
+        for i, sequence in enumerate(sequences):
+            toy.fill(sequence, text(200, i)[turn * 40 : turn * 40 + 40])
+    for sequence in sequences:
+        sequence.settle()
+    twin = sequences[0].fork()
+    kept = [*sequences[::10], twin]
+    before = [sequence.read(layer) for sequence in kept for layer in range(2)]
+    for sequence in sequences:
+        if sequence not in kept:
+            sequence.close()
+    held, needed = cache.arena.held, sum(s.nbytes.allocated for s in kept[:-1])
+    target = 2 * len(cache.arena.classes) * SLAB + needed
+    cache.resize(target)
+    cache.check()
+    assert cache.arena.held <= target < held
+    after = [sequence.read(layer) for sequence in kept for layer in range(2)]
+    assert all(torch.equal(b[name], a[name]) for b, a in zip(before, after, strict=True) for name in b)
+    for i, sequence in enumerate(kept[:-1]):
+        got = toy.run([(sequence, text(20, 9))])[0]
+        fresh = make_cache(str(cache.spec), toy.layers)
+        assert torch.equal(got, toy.cut(fresh, text(200, i * 10)[:160] + text(20, 9), [180])[160:])
+        found = cache.open([*text(200, i * 10)[:160], 0])
+        assert found.cached in ((160,) if cache.shares else (0,))
+        found.close()
+    cache.check()
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("kv", ["f32", "int8", "f32; layers 1: int4"])
+def test_a_shrink_moves_pages_together_and_keeps_every_row(kv, shares):
+    layers = shapes()
+    check_defragment(make_cache(kv, layers, memory=32 * SLAB, shares=shares), Toy(layers))
+
+
+def test_pages_that_move_without_their_tables_are_seen(monkeypatch):
+    honest = Arena.defragment
+    monkeypatch.setattr(Arena, "defragment", lambda self, size: honest(self, size) and None)
+    layers = shapes()
+    with sees(ValueError):
+        check_defragment(make_cache("f32", layers, memory=32 * SLAB, shares=False), Toy(layers))
+
+
+# Real memory.
+
+
+def test_what_is_given_back_is_given_back_to_the_system():
+    layers = shapes(layers=2, heads=8, width=128)
+    cache, toy = make_cache("f32", layers, memory=256 * MIB), Toy(layers)
+    sequences = [cache.open() for _ in range(4)]
+    gc.collect()
+    start = resident()
+    for i, sequence in enumerate(sequences):
+        for piece in range(8):
+            toy.fill(sequence, text(128, 10 * i + piece))
+    full = 4 * 1024 * 2 * 8 * 256 * 4  # tokens · layers · heads · widths · bytes
+    assert cache.nbytes.payload == full == 64 * MIB
+    assert resident() - start > 0.9 * full
+    for sequence in sequences[:2]:
+        sequence.close()
+    assert resident() - start < 0.6 * full, "half closed"
+    sequences[2].settle()
+    sequences[2].close()
+    assert resident() - start > 0.4 * full, "kept for reuse"
+    cache.resize(40 * MIB)
+    assert resident() - start < 0.35 * full, "dropped by the shrink"
+    sequences[3].close()
+    assert resident() - start < 0.1 * full
+    assert cache.arena.held == 0
+
+
+# Limits of a container.
+
+
+@pytest.fixture
+def machine(tmp_path):
+    """A fake machine: 8 GiB, of which 6 are available; and a folder for control groups."""
+    (tmp_path / "meminfo").write_text(f"MemTotal: {8 << 20} kB\nMemFree: 1 kB\nMemAvailable: {6 << 20} kB\n")
+    (tmp_path / "memory").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("files", "available", "total"),
+    [
+        ({}, 6 << 30, 8 << 30),
+        ({"memory.max": "max", "memory.current": "5"}, 6 << 30, 8 << 30),
+        ({"memory.max": 2 << 30, "memory.current": 1 << 29}, (2 << 30) - (1 << 29), 2 << 30),
+        ({"memory.max": 2 << 30}, 2 << 30, 2 << 30),
+        ({"memory.max": 1 << 30, "memory.current": 2 << 30}, 0, 1 << 30),
+        ({"memory.max": 16 << 30, "memory.current": 1 << 30}, 6 << 30, 8 << 30),
+        ({"memory/memory.limit_in_bytes": 3 << 30, "memory/memory.usage_in_bytes": 1 << 30}, 2 << 30, 3 << 30),
+        ({"memory/memory.limit_in_bytes": 9223372036854771712}, 6 << 30, 8 << 30),
+    ],
+)
+def test_the_least_of_machine_and_container_holds(machine, files, available, total):
+    for name, value in files.items():
+        (machine / name).write_text(f"{value}\n")
+    assert memory_available(machine, machine / "meminfo") == available
+    assert memory_total(machine, machine / "meminfo") == total
+
+
+def test_a_machine_that_says_nothing_is_taken_for_a_small_one(tmp_path):
+    assert memory_available(tmp_path, tmp_path / "none") == 4 << 30
+    assert memory_total(tmp_path, tmp_path / "none") == 8 << 30
