@@ -1,5 +1,7 @@
 """Sequences and the prefix index: facts and opinions (law 4), conservation (5), keys (6), hits, eviction, events."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ from kvik.cache import prefix
 from kvik.cache.arena import Arena
 from kvik.cache.cache import Cache
 from kvik.cache.prefix import PrefixIndex
-from kvik.cache.sequence import Sequence
+from kvik.cache.sequence import Sequence, Table
 from kvik.errors import BudgetError, SequenceError
 
 # 4. Facts and opinions: fork, trim, settle.
@@ -92,6 +94,39 @@ def test_rejected_tokens_that_stay_are_seen(monkeypatch):
     monkeypatch.setattr(Sequence, "trim", lambda self, length: None)
     with sees():
         check_rejected(lambda: cache_of("f32"), 3)
+
+
+def check_no_numbers(kv, way):
+    """Rows of tokens that were rejected never show, even where they are no numbers (0 · NaN is NaN)."""
+    cache, tokens = cache_of(kv), text(100)
+    want = TOY.cut(cache_of(kv), tokens, [40, 60])
+    sequence = cache.open()
+    TOY.run([(sequence, tokens[:40])])
+    broken = torch.full((30, 2, 16), torch.nan)
+    with contextlib.suppress(ZeroDivisionError), sequence.append(text(30, 1)) as step:
+        step.append(0, k=broken, v=broken)
+        1 / (way != "aborted")
+    twin = sequence.fork() if way == "forked" else None
+    if way == "published":
+        sequence.settle()
+    sequence.trim(40)
+    if twin is not None:
+        twin.close()
+    got = [TOY.run([(sequence, [token])])[0] for token in tokens[40:45]] + TOY.run([(sequence, tokens[45:])])
+    assert torch.equal(torch.cat(got), want[40:])
+
+
+@pytest.mark.parametrize("way", ["rejected", "aborted", "forked", "published"])
+@pytest.mark.parametrize("kv", ["f32", "bf16", "int4"])
+def test_rows_of_rejected_tokens_never_show(kv, way):
+    check_no_numbers(kv, way)
+
+
+@pytest.mark.parametrize("way", ["rejected", "aborted", "forked", "published"])
+def test_rows_of_rejected_tokens_that_are_not_blanked_are_seen(monkeypatch, way):
+    monkeypatch.setattr(Table, "stale", property(lambda self: False, lambda self, value: None), raising=False)
+    with sees():
+        check_no_numbers("f32", way)
 
 
 def check_trim(cache):

@@ -185,7 +185,7 @@ def test_a_fork_and_a_hit_cost_tables_only():
         toy.fill(sequence, text(128))
         sequence.settle()
         alone = cache.nbytes
-        with sequence.fork() as twin, cache.open(text(200)[:128] + [1]) as hit:
+        with sequence.fork() as twin, cache.open([*text(128), 1]) as hit:
             tables = sum(t.nbytes for s in (twin, hit) for t in s.tables)
             assert cache.nbytes == Bytes(alone.payload, alone.overhead + tables)
         assert cache.nbytes == alone

@@ -16,9 +16,8 @@ from kvik.cache.step import Step
 from kvik.errors import BudgetError, SequenceError, UsageError
 from kvik.ops.codecs import decode, encode, unrotated
 
-LAYERS = shapes(layers=2, heads=2, width=16)
+LAYERS = shapes(layers=2, heads=2, width=64)  # in f32 a slab holds 128 tokens
 RUNS = Toy(LAYERS)
-LOW = 3 * SLAB
 
 
 class Oracle:
@@ -35,15 +34,15 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.cache = make_cache(self.kv, LAYERS, memory=2 * LOW, page=16)
+        self.cache = make_cache(self.kv, LAYERS, memory=6 * SLAB, page=16)
         self.known: dict[Sequence, Oracle] = {}
 
     def pick(self, data):
         return data.draw(st.sampled_from(list(self.known)), label="sequence")
 
-    @rule(seed=st.integers(0, 2), length=st.integers(0, 150), salt=st.sampled_from(["", "a"]))
+    @rule(seed=st.integers(0, 1), length=st.integers(0, 150), salt=st.sampled_from(["", "", "a"]))
     def open(self, seed, length, salt):
-        tokens = text(200, seed)[:length]
+        tokens = text(400, seed)[:length]
         try:
             sequence = self.cache.open(tokens, salt)
         except BudgetError:
@@ -51,18 +50,52 @@ class Machine(RuleBasedStateMachine):
         assert sequence.tokens == tokens[: sequence.cached]
         assert sequence.cached % 16 == 0
         assert sequence.cached < max(length, 1)
-        self.known[sequence] = Oracle(sequence.tokens)
-        hides = any(
-            len(g.retention.live_pages(sequence.cached, 16)) < sequence.cached // 16 for g in self.cache.spec.groups
-        )
-        self.known[sequence].floor = sequence.cached if hides else 0
+        self.known[sequence] = self.found(sequence)
+
+    def found(self, sequence):
+        """What a Sequence that was just opened should be."""
+        oracle, count = Oracle(sequence.tokens), sequence.cached
+        hides = any(len(g.retention.live_pages(count, 16)) < count // 16 for g in self.cache.spec.groups)
+        oracle.floor = count if hides else 0
+        return oracle
+
+    def final(self, sequence, oracle, accepted):
+        """Settles, and checks what leaves: exactly the pages that no later query sees."""
+        before = [{p for p in t.logical.tolist() if p * 16 < len(oracle.tokens)} for t in sequence.tables]
+        sequence.settle(accepted)
+        oracle.settled = len(oracle.tokens)
+        after = [set(table.logical.tolist()) for table in sequence.tables]
+        live = [set(t.group.retention.live_pages(oracle.settled, 16)) for t in sequence.tables]
+        assert after == [held & kept for held, kept in zip(before, live, strict=True)]
+        if after != before:
+            oracle.floor = oracle.settled
+
+    @rule(seed=st.integers(0, 1), length=st.integers(17, 150), stays=st.booleans())
+    def serve(self, seed, length, stays):
+        """What most uses are: open, append the rest, settle, and perhaps close."""
+        tokens = text(400, seed)[:length]
+        try:
+            sequence = self.cache.open(tokens)
+        except BudgetError:
+            return
+        oracle = self.found(sequence)
+        try:
+            RUNS.run([(sequence, tokens[len(sequence) :])])
+        except BudgetError:
+            sequence.close()
+            return
+        oracle.tokens = list(tokens)
+        self.final(sequence, oracle, None)
+        if stays:
+            self.known[sequence] = oracle
+        else:
+            sequence.close()
 
     def grown(self, data, count):
         """Some sequences, each with the tokens that follow its text, or others."""
         chosen = data.draw(st.lists(st.sampled_from(list(self.known)), min_size=1, max_size=count, unique=True))
-        return [
-            (s, (text(400, data.draw(st.integers(0, 2))))[len(s) :][: data.draw(st.integers(1, 70))]) for s in chosen
-        ]
+        each = st.tuples(st.integers(0, 1), st.integers(1, 70))
+        return [(s, text(1000, seed)[len(s) :][:n]) for s in chosen for seed, n in [data.draw(each)]]
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
@@ -124,14 +157,7 @@ class Machine(RuleBasedStateMachine):
         pending = len(oracle.tokens) - oracle.settled
         accepted = pending if everything else data.draw(st.integers(0, pending))
         del oracle.tokens[oracle.settled + accepted :]
-        before = [{p for p in t.logical.tolist() if p * 16 < len(oracle.tokens)} for t in sequence.tables]
-        sequence.settle(None if everything else accepted)
-        oracle.settled = len(oracle.tokens)
-        after = [set(table.logical.tolist()) for table in sequence.tables]
-        live = [set(t.group.retention.live_pages(oracle.settled, 16)) for t in sequence.tables]
-        assert after == [held & kept for held, kept in zip(before, live, strict=True)]
-        if after != before:
-            oracle.floor = oracle.settled
+        self.final(sequence, oracle, None if everything else accepted)
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
@@ -141,7 +167,7 @@ class Machine(RuleBasedStateMachine):
         sequence.close()
         del self.known[sequence]
 
-    @rule(slabs=st.integers(0, 10))
+    @rule(slabs=st.integers(2, 9))
     def resize(self, slabs):
         before = self.cache.budget
         try:
@@ -196,7 +222,7 @@ def stored_rows(cache, tokens, positions):
     return {name: unrotated(layout, name, x) for name, x in decode(layout, packed).items()}
 
 
-def run_machine(kv, examples=25, phases=tuple(Phase)):
+def run_machine(kv, examples=40, phases=tuple(Phase)):
     machine = type("Chosen", (Machine,), {"kv": kv})
     quiet = list(HealthCheck)
     run = settings(

@@ -91,14 +91,14 @@ class Cache:
         self._opened += 1
         for index, table in enumerate(sequence.tables):
             live = table.group.retention.live_pages(len(sequence), self.spec.page_size)
-            found = [chain[page].pages[index] for page in live]
-            for page, pages in zip(live, found, strict=True):
-                assert pages is not None, "the index gives complete chains"
-                table.extend(pages[:, None], range(page, page + 1))
-                self.arena.retain(table.group.page_bytes, pages)
-        tables = sum(table.nbytes for table in sequence.tables)
-        self.arena.tables += tables
+            found = [pages for page in live if (pages := chain[page].pages[index]) is not None]
+            assert len(found) == len(live), "the index gives complete chains"
+            if found:
+                table.extend(np.stack(found, axis=1), live)
+                self.arena.retain(table.group.page_bytes, np.stack(found))
+        self.arena.tables += sum(table.nbytes for table in sequence.tables)
         self._open[sequence.number] = sequence
+        self.emit(events.Opened(sequence.number, len(tokens), sequence.cached))
         if not self.arena.fits({}):
             try:
                 self._make_room({}, 0)
@@ -106,7 +106,6 @@ class Cache:
                 sequence.close()
                 raise
         sequence._floor = len(sequence) if self._hides(len(sequence)) else 0
-        self.emit(events.Opened(sequence.number, len(tokens), sequence.cached))
         return sequence
 
     def step(self, chunks: Seq[tuple[Sequence, Seq[int]]]) -> Step:
@@ -182,7 +181,7 @@ class Cache:
         if self.active is not None:
             raise SequenceError("another step is open on this cache; steps follow one another")
         size = self.spec.page_size
-        plan: list[tuple[Table, range, bool]] = []
+        plan: list[tuple[Table, range, bool, int]] = []
         wanted: dict[int, int] = {}
         tables = 0
         for sequence, chunk in zip(step.sequences, step.chunks, strict=True):
@@ -191,16 +190,20 @@ class Cache:
                 fresh = range(-(-start // size), -(-stop // size))
                 refs = self.arena.page_class(table.group.page_bytes).refs
                 shared = start % size != 0 and bool((refs[table.pages[:, -1]] > 1).any())
-                plan.append((table, fresh, shared))
+                plan.append((table, fresh, shared, start % size))
                 count = len(table.group.lanes) * (len(fresh) + shared)
                 wanted[table.group.page_bytes] = wanted.get(table.group.page_bytes, 0) + count
                 tables += (len(table.group.lanes) + 1) * len(fresh) * TABLE_BYTES
         self._make_room(wanted, tables)
         before = [[len(table.logical) for table in sequence.tables] for sequence in step.sequences]
-        for table, fresh, shared in plan:
+        for table, fresh, shared, used in plan:
             lanes, page_bytes = len(table.group.lanes), table.group.page_bytes
             if shared:
                 self._unshare(table)
+            if table.stale and used:
+                rows = self.pages(table.group).view(-1, size, table.group.layout.row_bytes)
+                rows[torch.from_numpy(table.pages[:, -1].astype(np.int64)).to(self.device), used:] = 0  # 0 · NaN is NaN
+            table.stale = False
             if fresh:
                 pages = self.arena.take(page_bytes, lanes * len(fresh)).reshape(lanes, len(fresh))
                 self.arena.tables -= table.nbytes
@@ -260,15 +263,17 @@ class Cache:
         return out
 
     def publish(self, sequence: Sequence, block: Block, page: int) -> None:
-        """Lets others find a full page of each group, unless they can already."""
-        if block.key in self.index:
-            return
-        for table in sequence.tables:
+        """Lets others find a full page of each group; a block that they can find already gets what it lacks."""
+        known = self.index.get(block.key)
+        held: list[Pages | None] = [None for _ in sequence.tables] if known is None else known.pages
+        for index, table in enumerate(sequence.tables):
             column = np.flatnonzero(table.logical == page)
-            pages = table.pages[:, column[0]].astype(np.int64) if len(column) else None
-            block.pages.append(pages)
-            if pages is not None:
+            if held[index] is None and len(column):
+                held[index] = pages = table.pages[:, column[0]].astype(np.int64)
                 self.arena.retain(table.group.page_bytes, pages)
+        if known is not None:
+            return
+        block.pages = held
         self.index.add(block)
         self.emit(events.Published(sequence.number, block.start, block.start + len(block.tokens)))
 

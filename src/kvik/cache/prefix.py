@@ -72,6 +72,10 @@ class PrefixIndex:
     def __contains__(self, key: bytes) -> bool:
         return key in self._blocks
 
+    def get(self, key: bytes) -> Block | None:
+        """The block under a key."""
+        return self._blocks.get(key)
+
     def find(self, root: bytes, tokens: Sequence[int]) -> list[Block]:
         """The longest chain that gives every group all rows that its mask can see from the chain's end."""
         size, chain, key = self.spec.page_size, [], root

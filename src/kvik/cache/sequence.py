@@ -36,12 +36,14 @@ class Table:
     Attributes:
         pages: int32 [lanes, columns], page numbers.
         logical: int32 [columns], ascending: column c holds positions logical[c]·N … logical[c]·N + N - 1.
+        stale: rows beyond the sequence's end may have been written, by tokens that were rejected.
     """
 
     def __init__(self, group: Group, pages: NDArray[np.int32] | None = None, logical: NDArray[np.int32] | None = None):
         self.group = group
         self.pages = np.zeros((len(group.lanes), 0), np.int32) if pages is None else pages
         self.logical = np.zeros(0, np.int32) if logical is None else logical
+        self.stale = False
 
     @property
     def nbytes(self) -> int:
@@ -50,9 +52,11 @@ class Table:
 
     def copy(self) -> Table:
         """Another table of the same pages."""
-        return Table(self.group, self.pages.copy(), self.logical.copy())
+        twin = Table(self.group, self.pages.copy(), self.logical.copy())
+        twin.stale = self.stale
+        return twin
 
-    def extend(self, pages: Pages, logical: range) -> None:
+    def extend(self, pages: Pages, logical: Seq[int]) -> None:
         """Adds columns: pages [lanes, len(logical)]."""
         self.pages = np.concatenate((self.pages, pages.astype(np.int32)), axis=1)
         self.logical = np.concatenate((self.logical, np.array(logical, np.int32)))
@@ -146,6 +150,7 @@ class Sequence:
         size = self.cache.spec.page_size
         for table in self.tables:
             self.cache.release(table, table.logical * size < length)
+            table.stale = True
         del self.tokens[length:]
         del self._keys[length // size :]
         self._settled = min(self._settled, length)
@@ -172,6 +177,7 @@ class Sequence:
         """Gives every page back; the one place where that happens. Idempotent."""
         if self.closed:
             return
+        self._check()
         self.cache.touch(self._keys)
         for table in self.tables:
             self.cache.release(table, np.zeros(len(table.logical), bool))

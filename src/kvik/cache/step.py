@@ -184,10 +184,11 @@ class Step:
                 )
 
     def _undo(self) -> None:
-        """Gives back what was reserved. Rows written into old pages lie beyond the sequence's end: never seen."""
+        """Gives back what was reserved. Rows written into old pages lie beyond the sequence's end: blanked before use."""
         for sequence, before in zip(self.sequences, self._columns, strict=True):
             for table, columns in zip(sequence.tables, before, strict=True):
                 self.cache.release(table, np.arange(len(table.logical)) < columns)
+                table.stale = True
 
     def _slots_of(self, group: int) -> Tensor:
         """int64 [lanes, T]: page · N + slot of every new row."""
