@@ -27,7 +27,7 @@ from kvik.errors import KvikError
 from kvik.ops.codecs import decode, encode, hadamard
 from kvik.ops.layout import RowLayout
 
-TILE = 256  # slots; a multiple of every page size
+TILE = 128  # slots; a multiple of every page size
 QUERY_BLOCK = 64  # tokens of one sequence that are attended at once: bounds the scores' memory, not the result
 UNSEEN = -1e30  # finite, so that a tile in which nothing is seen gives weights of exactly 0 and never a NaN
 
@@ -176,20 +176,24 @@ def _attend(
         real = torch.unflatten(scores.view(count, items, tiles, -1, TILE)[:, :, :, :used], 3, (n, shared))
         real += torch.unflatten(bias, -1, (tiles, TILE)).permute(0, 1, 4, 2, 3, 5)
     scores.view(count, items, tiles, -1, TILE).masked_fill_(read.hidden(shared, multiple), UNSEEN)
-    peak = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(peak).exp_()
-    total = weights.sum(dim=-1, keepdim=True)
+    weights = torch.softmax(scores, dim=-1)
     out = torch.bmm(weights, v)
-    if tiles == 1:
-        top = peak
-    else:
-        peak, total, out = (x.view(batch, tiles, -1, x.shape[-1]) for x in (peak, total, out))
-        top = peak.amax(dim=1, keepdim=True)
-        factor = (peak - top).exp_()
-        total, out, top = _in_order(total * factor), _in_order(out * factor), top.squeeze(1)
-    mass = _mass(weights, peak, top, total, count, items, used) if want_mass else None
-    lse = _by_token(top + total.log(), count, items, n, shared).squeeze(-1) if want_lse else None
-    return _by_token(out / total, count, items, n, shared), lse, mass
+    lse, share = None, None
+    if tiles > 1 or want_lse:  # a tile's log Σ exp(score), from its largest score and that one's weight
+        lse = scores.amax(dim=-1, keepdim=True) - weights.amax(dim=-1, keepdim=True).log()
+    if tiles > 1 and lse is not None:
+        lse, out = (x.view(batch, tiles, -1, x.shape[-1]) for x in (lse, out))
+        top = lse.amax(dim=1, keepdim=True)
+        factor = (lse - top).exp_()
+        total = _in_order(factor)
+        share = factor / total.unsqueeze(1)
+        lse, out = top.squeeze(1) + total.log(), _in_order(out * factor) / total
+    mass = None
+    if want_mass:
+        weights = weights.view(batch, tiles, -1, TILE) * (1.0 if share is None else share)
+        mass = weights[:, :, :used].sum(dim=2).reshape(count, items, -1)
+    lse = _by_token(lse, count, items, n, shared).squeeze(-1) if want_lse and lse is not None else None
+    return _by_token(out, count, items, n, shared), lse, mass
 
 
 def _in_order(parts: Tensor) -> Tensor:
@@ -204,15 +208,6 @@ def _by_token(x: Tensor, count: int, items: int, n: int, shared: int) -> Tensor:
     """[L·I, M, X] → [I·n, H, X]."""
     x = x[:, : n * shared].reshape(count, items, n, shared, -1)
     return x.permute(1, 2, 0, 3, 4).reshape(items * n, count * shared, -1)
-
-
-def _mass(weights: Tensor, peak: Tensor, top: Tensor, total: Tensor, count: int, items: int, used: int) -> Tensor:
-    """Each slot's share of attention, summed over the real queries: [L, I, S]."""
-    batch = count * items
-    share = weights.view(batch, -1, *weights.shape[1:]) * (
-        (peak.view(batch, -1, *peak.shape[-2:]) - top.unsqueeze(1)).exp() / total.unsqueeze(1)
-    )
-    return share[:, :, :used].sum(dim=2).reshape(count, items, -1)
 
 
 def _bias(bias: Tensor, read: Reads, count: int) -> Tensor:
