@@ -16,8 +16,9 @@ from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
-import torch
 from pydoc_data.topics import topics
+
+import torch
 from torch.overrides import TorchFunctionMode
 
 import kvik
@@ -28,8 +29,21 @@ class Calls(TorchFunctionMode):
     """Counts torch calls: all, and those that compute rather than look at a tensor in another shape."""
 
     VIEWS = frozenset(
-        "__get__ __getitem__ view reshape unflatten flatten permute transpose t narrow unbind chunk expand unsqueeze "
-        "squeeze view_as_complex view_as_real contiguous size stride dim".split()
+        {
+            *(
+                "__get__",
+                "__getitem__",
+                "view",
+                "reshape",
+                "unflatten",
+                "flatten",
+                "permute",
+                "transpose",
+                "t",
+                "narrow",
+            ),
+            *("unbind", "chunk", "expand", "unsqueeze", "view_as_complex", "view_as_real"),
+        }
     )
 
     def __init__(self) -> None:
@@ -82,8 +96,11 @@ def main() -> None:
         calls.all = calls.computing = 0
         model.run([(sequence, [1])])
     step, floor, layers = statistics.median(whole), statistics.median(bound), model.config.layers
-    print(f"weights {options.weights}, cache {options.kv}, context {options.context}-{options.context + options.tokens}")
-    print(f"decode    {1 / step:7.1f} tokens/s  {step * 1e3:.2f} ms a token (rounds: {min(whole) * 1e3:.2f}-{max(whole) * 1e3:.2f})")
+    print(
+        f"weights {options.weights}, cache {options.kv}, context {options.context}-{options.context + options.tokens}"
+    )
+    spread = f"{min(whole) * 1e3:.2f}-{max(whole) * 1e3:.2f}"
+    print(f"decode    {1 / step:7.1f} tokens/s  {step * 1e3:.2f} ms a token (rounds: {spread})")
     print(f"products  {1 / floor:7.1f} steps/s   {floor * 1e3:.2f} ms: {floor / step:.0%} of the step")
     print(f"torch calls a layer: {calls.computing / layers:.0f} that compute, {calls.all / layers:.0f} with views")
 

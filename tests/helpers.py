@@ -51,7 +51,8 @@ class Toy:
     def append(self, step, layer):
         """The rows of a step's tokens, into one layer."""
         streams = [name for name, _ in self.layers[layer].streams]
-        step.append(layer, **{name: self.row(name, layer, step.tokens, step.positions) for name in streams})
+        rows = {name: self.row(name, layer, step.tokens, step.positions).to(step.cache.device) for name in streams}
+        step.append(layer, **rows)
 
     def run(self, chunks, **options):
         """One step of (sequence, tokens) pairs: a list of [tokens, layers, heads, width]."""
@@ -59,7 +60,7 @@ class Toy:
             outs = []
             for layer in range(len(self.layers)):
                 self.append(step, layer)
-                q = self.row("q", layer, step.tokens, step.positions)
+                q = self.row("q", layer, step.tokens, step.positions).to(step.cache.device)
                 outs.append(step.attend(layer, q, scale=q.shape[-1] ** -0.5, **options).out)
         return list(torch.stack(outs, dim=1).split([len(tokens) for _, tokens in chunks]))
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import Toy, make_cache, sees, shapes, text
+from kvik.cache import limits
 from kvik.cache.arena import SLAB, Arena
 from kvik.cache.limits import memory_available, memory_total
 from kvik.errors import BudgetError, UsageError
@@ -276,3 +277,23 @@ def test_the_least_of_machine_and_container_holds(machine, files, available, tot
 def test_a_machine_that_says_nothing_is_taken_for_a_small_one(tmp_path):
     assert memory_available(tmp_path, tmp_path / "none") == 4 << 30
     assert memory_total(tmp_path, tmp_path / "none") == 8 << 30
+
+
+@pytest.mark.parametrize(("line", "folder", "names"), [
+    ("0::/box/inner", "box/inner", ("memory.max", "memory.current")),
+    ("4:memory:/box/inner", "memory/box/inner", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+])  # fmt: skip
+@pytest.mark.parametrize("above", [0, 1])
+def test_the_limits_of_this_process_own_groups_count_and_idle_files_do_not(tmp_path, line, folder, names, above):
+    """The group's own limit, or that of the group above it: 1000 KiB, of which 700 are used, 600 of them by idle files."""
+    group = tmp_path / folder
+    group.mkdir(parents=True)
+    holder = group.parent if above else group
+    (holder / names[0]).write_text(f"{1000 * 1024}\n")
+    (holder / names[1]).write_text(f"{700 * 1024}\n")
+    (holder / "memory.stat").write_text(f"anon 5\ninactive_file {600 * 1024}\n")
+    (tmp_path / "own").write_text(line + "\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n")
+    places = (tmp_path, tmp_path / "meminfo", tmp_path / "own")
+    assert limits.memory_available(*places) == 900 * 1024
+    assert limits.memory_total(*places) == 1000 * 1024

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -87,6 +88,11 @@ REFUSED = {
     "wrong device": (["--device", "tpu"], ["tpu", "cpu"]),
     "wrong memory": (["--memory", "lots"], ["lots", "8GiB"]),
     "wrong temperature": (["--temperature", "-1"], ["-1", "0.7"]),
+    "spec without a codec": (["--kv", "page 64"], ["page 64", "bf16"]),
+    "empty rule": (["--kv", "int8; ;"], ["no rule"]),
+    "max-tokens 0": (["--max-tokens", "0"], ["max-tokens 0", "at least 1"]),
+    "empty stop": (["--stop", ""], ["stop"]),
+    "memory without a cache": (["--kv", "none", "--memory", "1MiB"], ["--memory"]),
     "unknown option": (["--kvv", "int8"], ["--kvv", "--help"]),
 }
 
@@ -109,6 +115,16 @@ def check_refusal(done, wanted):
 
 def test_an_unwritable_home_folder_is_named_with_the_way_out(broken):
     check_refusal(kvik_command("run", "hi", home=broken / "locked"), ["locked", "KVIK_HOME"])
+
+
+def test_plan_list_refuses_what_it_would_ignore():
+    check_refusal(kvik_command("plan", "--list", "--context", 5), ["--context"])
+
+
+def test_a_closed_standard_input_is_one_line():
+    command = f"{sys.executable} -m kvik.cli run - <&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
+    check_refusal(done, ["standard input"])
 
 
 def test_plan_without_a_model_says_what_to_give():
@@ -157,15 +173,27 @@ def test_seeded_sampling_repeats_itself_and_other_seeds_differ():
 @pytest.mark.weights
 def test_chat_knows_its_earlier_turns():
     said = "What is the capital of Japan?\nThank you.\n/reset\nHi\n/exit\n"
-    done = kvik_command("chat", "--max-tokens", 12, stdin=said)
+    done = kvik_command("chat", "--json", "--max-tokens", 12, stdin=said)
     assert done.returncode == 0, done.stderr
-    assert "Tokyo" in done.stdout
-    known = [
-        int(part.split()[-1])
-        for part in done.stderr.replace("\n", " ").split(" of ")[:-1]
-        if part.split()[-1].isdigit()
-    ]
-    assert known[0] == 0 and known[1] > 37 and known[-1] == 0
+    turns = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "Tokyo" in turns[0]["text"]
+    known = [turn["cached_tokens"] for turn in turns]
+    assert known[0] == 0 and known[1] > 37 and known[2] == 0
+    assert all(turn["kv_bytes"] + turn["kv_overhead_bytes"] == turn["kv_allocated_bytes"] for turn in turns)
+
+
+@pytest.mark.weights
+def test_ctrl_c_stops_an_answer_and_not_the_chat():
+    command = [sys.executable, "-m", "kvik.cli", "chat"]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdin.write(b"Write a very long story.\n")
+        process.stdin.flush()
+        assert process.stdout.read(5)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(b"What is the capital of Japan?\n/exit\n", timeout=60)
+    assert process.returncode == 0, errors
+    assert b"(interrupted)" in errors and b"Tokyo" in out
 
 
 @pytest.mark.weights
@@ -187,8 +215,6 @@ def test_a_template_that_reaches_for_python_internals_is_refused(tmp_path):
 
 @pytest.mark.weights
 def test_ctrl_c_ends_with_130_and_nothing_half_made():
-    import signal
-
     command = [sys.executable, "-m", "kvik.cli", "run", "Write a very long story."]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.read(5)
@@ -196,7 +222,7 @@ def test_ctrl_c_ends_with_130_and_nothing_half_made():
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Traceback" not in errors
+    assert "Traceback" not in errors and "(interrupted)" in errors
 
 
 def test_output_to_a_closed_pipe_is_no_traceback(monkeypatch):

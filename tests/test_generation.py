@@ -107,24 +107,46 @@ def test_text_held_back_for_a_stop_that_never_comes_is_given_at_the_end(model, m
     assert answer(model, stop=("STOP",)).text == "ends in STO"
 
 
-def test_an_interrupt_leaves_the_sequence_usable_and_the_books_right(model, monkeypatch):
+def test_stop_ends_between_steps_and_leaves_the_sequence_usable(model):
     cache = model.cache("int8", memory=4 << 20)
     with cache.open() as sequence:
         generation = Generation(model, Request([5], 50, sampling=Sampling(1.5, seed=1)), sequence)
-        pieces = iter(generation)
-        next(pieces)
-        monkeypatch.setattr(model.decoder, "forward", _interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            next(pieces)
+        for _ in generation:
+            generation.stop()
         assert generation.finish_reason == "interrupted"
+        assert len(generation.token_ids) < 50
         cache.check()
-        monkeypatch.undo()
         Generation(model, Request([*sequence.tokens, 7], 5), sequence).run()
     cache.check()
 
 
+def test_an_error_inside_a_step_keeps_the_books_right(model, monkeypatch):
+    cache = model.cache("int8", memory=4 << 20)
+    with cache.open() as sequence:
+        pieces = iter(Generation(model, Request([5], 50, sampling=Sampling(1.5, seed=1)), sequence))
+        next(pieces)
+        monkeypatch.setattr(model.decoder, "forward", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            next(pieces)
+        cache.check()
+
+
 def _interrupted(*_):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("held", [[5, 6, 7], [5, 6], [9]])
+def test_a_sequence_that_does_not_begin_the_prompt_is_refused(model, held):
+    with model.cache("f32", memory=4 << 20).open() as sequence:
+        model.run([(sequence, held)])
+        with pytest.raises(UsageError, match="begin the prompt"):
+            Generation(model, Request([5, 6]), sequence)
+
+
+def test_an_answer_is_given_once(model):
+    generation = answer(model, max_tokens=3)
+    with pytest.raises(UsageError, match="started already"):
+        generation.run()
 
 
 def test_generate_gives_everything_back(model):
@@ -133,7 +155,15 @@ def test_generate_gives_everything_back(model):
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(temperature=-1), dict(temperature=math.nan), dict(top_p=0), dict(top_p=1.1), dict(top_k=-1), dict(seed=-1)],
+    [
+        dict(temperature=-1),
+        dict(temperature=math.nan),
+        dict(temperature=1e-320),
+        dict(top_p=0),
+        dict(top_p=1.1),
+        dict(top_k=-1),
+        dict(seed=-1),
+    ],
 )
 def test_sampling_outside_its_range_is_refused(wrong):
     with pytest.raises(UsageError, match="use"):
@@ -178,4 +208,6 @@ def test_noise_is_a_function_of_seed_and_position_alone():
     torch.rand(17)
     assert first == [choose(logits, Sampling(1.0, seed=7), p) for p in range(40)]
     assert first != [choose(logits, Sampling(1.0, seed=8), p) for p in range(40)]
+    large = [[choose(logits, Sampling(1.0, seed=2**64 - n), p) for p in range(40)] for n in (1, 2)]
+    assert large[0] != large[1], "all 64 bits of a seed count"
     assert len(set(first)) > 20

@@ -248,7 +248,7 @@ def test_the_machine_sees(monkeypatch, sabotage):
         monkeypatch.setattr(Cache, "_drop", lambda self, block, groups: self.index.remove(block) or True)
     else:
         monkeypatch.setattr(Sequence, "_floor", property(lambda self: 0, lambda self, value: None), raising=False)
-    with sees(pytest.fail.Exception, ExceptionGroup):
+    with sees(pytest.fail.Exception, ExceptionGroup, SequenceError):
         run_machine("f32+window:30", examples=200, phases=[Phase.generate])
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from kvik.cache.cache import Cache
@@ -46,8 +49,9 @@ class Chat:
         )
         self.model.check_context(len(prompt) + 1)
         self._rewind(prompt)
+        generation = Generation(self.model, Request(prompt, self.max_tokens, self.stop, self.sampling), self.sequence)
         self.messages.append({"role": "user", "content": text})
-        return Generation(self.model, Request(prompt, self.max_tokens, self.stop, self.sampling), self.sequence)
+        return generation
 
     def hear(self, generation: Generation) -> None:
         """Makes an answer, finished or stopped, part of the conversation."""
@@ -76,51 +80,101 @@ class Chat:
             self.sequence.close()
             self.sequence = self.cache.open(prompt)
 
-    def loop(self, console: Console) -> None:
-        """Reads messages from the terminal until it ends. Prompts and facts go to `console`, answers to stdout."""
-        console.print(
-            f"{self.model.config.name} · cache {self.cache.spec} · {_HELP}", style="dim", highlight=False, markup=False
-        )
+    def loop(self, console: Console, *, as_json: bool = False) -> None:
+        """Reads messages from the terminal until it ends. Prompts and facts go to `console`, answers to stdout.
+
+        Args:
+            as_json: one JSON object a turn on stdout instead, for programs.
+        """
+        _say(console, f"{self.model.config.name} · cache {self.cache.spec} · {_HELP}")
         with contextlib.suppress(EOFError):
             while True:
                 try:
                     text = _read(console)
                 except KeyboardInterrupt:
-                    console.print(f"\n({_HELP})", style="dim", highlight=False)
+                    _say(console, f"\n({_HELP})")
                     continue
                 if text == "/exit":
                     break
                 if text == "/reset":
                     self.reset()
+                elif text.startswith("/"):
+                    _say(console, f"{text.split()[0]} is no command; {_HELP}")
                 elif text:
-                    self._turn(text, console)
+                    self._turn(text, console, as_json)
         self.sequence.close()
 
-    def _turn(self, text: str, console: Console) -> None:
+    def _turn(self, text: str, console: Console, as_json: bool) -> None:
+        asked = False
         try:
-            generation = self.ask(text)
+            with interruptible() as watch:
+                generation = watch(self.ask(text))
+                asked = True
+                for piece in generation:
+                    if not as_json:
+                        print(piece, end="", flush=True)
+                self.hear(generation)
         except KvikError as error:
-            console.print(f"{error}; /reset starts anew", highlight=False, markup=False)
+            _say(console, f"{error}; /reset starts anew")
+            if asked:
+                self.forget_last()
             return
-        try:
-            for piece in generation:
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            pass
-        except KvikError as error:
-            console.print(str(error), highlight=False, markup=False)
-            self.forget_last()
+        facts = self._facts(generation)
+        if as_json:
+            print(json.dumps(facts, ensure_ascii=False), flush=True)
             return
         print(flush=True)
-        self.hear(generation)
-        prompt, held = len(generation.request.prompt), generation.nbytes
+        held = generation.nbytes
         parts = [
-            f"{generation.cached_tokens} of {prompt} tokens known",
-            f"{len(generation.token_ids)} new ({generation.finish_reason})",
+            f"{facts['cached_tokens']} of {facts['prompt_tokens']} tokens known",
+            f"{facts['new_tokens']} new ({facts['finish_reason']})",
             f"{generation.tokens_per_s:.1f} tokens/s · {held.payload:,} + {held.overhead:,} = {held.allocated:,} B",
             *([generation.note] if generation.note else []),
         ]
-        console.print(" · ".join(parts), style="dim", highlight=False, markup=False)
+        _say(console, " · ".join(parts))
+
+    def _facts(self, generation: Generation) -> dict[str, object]:
+        held = generation.nbytes
+        return {
+            "text": generation.text,
+            "prompt_tokens": len(generation.request.prompt),
+            "cached_tokens": generation.cached_tokens,
+            "new_tokens": len(generation.token_ids),
+            "finish_reason": generation.finish_reason,
+            "tokens_per_s": round(generation.tokens_per_s, 2),
+            "kv_bytes": held.payload,
+            "kv_overhead_bytes": held.overhead,
+            "kv_allocated_bytes": held.allocated,
+        }
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[Generation], Generation]]:
+    """Inside it, Ctrl-C ends the generation that is being watched between two steps, instead of raising anywhere."""
+    watched: list[Generation] = []
+    pressed = False
+
+    def note(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        for generation in watched:
+            generation.stop()
+
+    def watch(generation: Generation) -> Generation:
+        watched.append(generation)
+        if pressed:
+            generation.stop()
+        return generation
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield watch
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, style="dim", highlight=False, markup=False)
 
 
 def _read(console: Console) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from io import TextIOWrapper
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
     from kvik.cache.spec import Spec
     from kvik.engine.generation import Generation
+    from kvik.engine.sampling import Sampling
     from kvik.models.model import Model
+
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="kvik",
@@ -77,9 +81,11 @@ def run(
 ) -> None:
     """Answer a prompt through the cache, and say what it cost."""
     budget = _budget(memory)
-    sampling = _sampling(temperature, top_p, top_k, seed)
+    sampling = _sampling(temperature, top_p, top_k, seed, max_tokens, stop)
     _check_spec(kv, allow_none=True)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if kv == "none" and memory is not None:
+        raise UsageError("--kv none keeps no cache, so --memory has nothing to bound; leave one of the two out")
+    text = _stdin().read() if prompt == "-" else prompt
     loaded = _load(model, weights, device)
     from kvik.engine.generation import Generation, Request, encode_prompt
 
@@ -90,14 +96,18 @@ def run(
         _answer(generation, quiet=as_json)
     else:
         spec = loaded.spec(kv)
-        with loaded.cache(kv, memory=budget, shares=False).open() as sequence:
+        cache = loaded.cache(kv, memory=budget, shares=False)
+        with cache.open() as sequence:
             generation = Generation(loaded, request, sequence)
             _answer(generation, quiet=as_json)
+            generation.nbytes = cache.nbytes  # one sequence owns it all: slabs and all
     facts = _facts(loaded, generation, spec, 0 if spec is None else len(sequence))
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=2))
     else:
         _show_facts(facts, loaded, spec)
+    if generation.finish_reason == "interrupted":
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
@@ -113,16 +123,18 @@ def chat(
     seed: SeedOption = None,
     max_tokens: MaxTokensOption = None,
     stop: StopOption = None,
+    as_json: JsonOption = False,
 ) -> None:
-    """Talk over many turns; each shows how many tokens were already known. Ctrl-C stops an answer, Ctrl-D ends."""
+    """Talk over many turns; each shows how much was known. Ctrl-C stops an answer, Ctrl-D ends the chat."""
     from kvik.chat import Chat
 
     budget = _budget(memory)
-    sampling = _sampling(temperature, top_p, top_k, seed)
+    sampling = _sampling(temperature, top_p, top_k, seed, max_tokens, stop)
     _check_spec(kv, allow_none=False)
+    _stdin()
     loaded = _load(model, weights, device)
     cache = loaded.cache(kv, memory=budget)
-    Chat(loaded, cache, sampling, max_tokens, tuple(stop or ())).loop(_stderr())
+    Chat(loaded, cache, sampling, max_tokens, tuple(stop or ())).loop(_stderr(), as_json=as_json)
 
 
 @app.command()
@@ -150,6 +162,8 @@ def plan(
     if show_list == (model is not None):
         raise UsageError("plan: name one model, such as 'kvik plan smollm2', or give --list")
     if model is None:
+        if context is not None or batch != 1 or memory is not None:
+            raise UsageError("plan --list takes no --context, --batch or --memory; name a model to use them")
         plans = list_plans(kv, weights)
         if as_json:
             print(json.dumps([each.to_dict() for each in plans], indent=2))
@@ -183,6 +197,9 @@ def common(
 def main() -> None:
     """The `kvik` command."""
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch loads: idle OpenMP threads soon stop burning a core
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     command = typer.main.get_command(app)
     try:
         code = command.main(standalone_mode=False, prog_name="kvik")
@@ -191,10 +208,12 @@ def main() -> None:
     except typer.TyperException as error:
         code = _complain(f"{error.format_message()}; see 'kvik {_subcommand()}--help'")
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except (OSError, UnicodeError, MemoryError) as error:
+        code = _complain(f"{type(error).__name__}: {error}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -214,11 +233,22 @@ def _budget(memory: str | None) -> int | None:
     return None if memory is None else parse_bytes(memory, "memory")
 
 
-def _sampling(temperature: float, top_p: float, top_k: int, seed: int | None) -> Any:
+def _sampling(
+    temperature: float, top_p: float, top_k: int, seed: int | None, max_tokens: int | None, stop: list[str] | None
+) -> Sampling:
+    """Checks everything about the answer before a model is loaded."""
+    from kvik.engine.generation import Request
     from kvik.engine.sampling import Sampling
 
     given = {} if seed is None else {"seed": seed}
-    return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, **given)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, **given)
+    return Request([0], max_tokens, tuple(stop or ()), sampling).sampling
+
+
+def _stdin() -> TextIO:
+    if sys.stdin is None:
+        raise UsageError("standard input is closed; give the prompt as an argument, or open it")
+    return sys.stdin
 
 
 def _check_spec(kv: str, *, allow_none: bool) -> None:
@@ -234,7 +264,12 @@ def _load(model: str, weights: str, device: str) -> Model:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=_stderr(), transient=True
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=_stderr(),
+        transient=True,
+        disable=not sys.stderr.isatty(),
     ) as bar:
         task = bar.add_task(f"loading {model}", total=None)
 
@@ -247,11 +282,14 @@ def _load(model: str, weights: str, device: str) -> Model:
 
 
 def _answer(generation: Generation, *, quiet: bool) -> None:
-    """Streams the text to stdout."""
+    """Streams the text to stdout; Ctrl-C ends it between two tokens."""
+    from kvik.chat import interruptible
+
     try:
-        for piece in generation:
-            if not quiet:
-                print(piece, end="", flush=True)
+        with interruptible() as watch:
+            for piece in watch(generation):
+                if not quiet:
+                    print(piece, end="", flush=True)
     finally:
         if not quiet and generation.token_ids:
             print(flush=True)

@@ -11,6 +11,7 @@ allocated as one tensor.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import mmap
 
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from kvik.errors import BudgetError
 
 SLAB = 256 * 1024  # grows only where a page would fill more than an eighth of it
 Pages = NDArray[np.int64]
@@ -60,10 +63,11 @@ class Arena:
             self.slab_bytes *= 2
         self._map: mmap.mmap | None = None
         if device.type == "cpu":
-            self._map = _reserve(max(capacity, budget) // self.slab_bytes * self.slab_bytes or self.slab_bytes)
+            sizes = [max(size // self.slab_bytes, 1) * self.slab_bytes for size in (max(capacity, budget), budget)]
+            self._map = _reserve(sizes)
             self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         else:
-            self.bytes = torch.zeros(max(budget, self.slab_bytes), dtype=torch.uint8, device=device)
+            self.bytes = torch.zeros(budget // self.slab_bytes * self.slab_bytes, dtype=torch.uint8, device=device)
         self.device = device
         self.budget = budget
         self.capacity = self.bytes.numel() // self.slab_bytes * self.slab_bytes
@@ -189,7 +193,14 @@ class Arena:
         return slab
 
 
-def _reserve(size: int) -> mmap.mmap:
-    """Address space without memory behind it; pages appear when they are first written."""
+def _reserve(sizes: list[int]) -> mmap.mmap:
+    """Address space without memory behind it, the first of the sizes that the system grants; pages appear when they
+    are first written."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    return mmap.mmap(-1, size, flags=flags)
+    for size in sizes:
+        with contextlib.suppress(OSError):
+            return mmap.mmap(-1, size, flags=flags)
+    raise BudgetError(
+        f"the system grants no {sizes[-1]:,} bytes of address space; ask for less, or raise its limit (ulimit -v)",
+        needed=sizes[-1], available=0,
+    )  # fmt: skip

@@ -29,6 +29,19 @@ class Books:
         return self.free + self.in_use + self.kept
 
 
+def bytes_in_use(cache: Cache) -> int:
+    """Bytes of the pages that open sequences hold, each once, and of their tables: what no eviction can free."""
+    total = cache.arena.tables
+    for size in cache.arena.classes:
+        held = np.zeros(cache.arena.touched(size), bool)
+        for sequence in cache.sequences:
+            for table in sequence.tables:
+                if table.group.page_bytes == size:
+                    held[table.pages] = True
+        total += size * int(held.sum())
+    return total
+
+
 def nbytes(cache: Cache) -> Bytes:
     """See `Cache.nbytes`."""
     arena = cache.arena

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from kvik import events
 from kvik.cache.arena import Arena, PageClass, Pages
-from kvik.cache.books import Books, books, check, nbytes
+from kvik.cache.books import Books, books, bytes_in_use, check, nbytes
 from kvik.cache.limits import memory_available, memory_total
 from kvik.cache.prefix import Block, PrefixIndex, root_key
 from kvik.cache.sequence import Sequence, Table
 from kvik.cache.spec import TABLE_BYTES, Bytes, Group, Spec
-from kvik.cache.step import Part, Step
+from kvik.cache.step import Step, parts_of
 from kvik.errors import BudgetError, SequenceError, UsageError
 from kvik.ops.codecs import decode, unrotated
 
@@ -59,6 +59,8 @@ class Cache:
         """
         self.spec = spec
         self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError("device 'cuda': torch sees no CUDA device here; use cpu")
         self.shares = shares
         available = memory_available() if self.device.type == "cpu" else _device_memory(self.device)
         budget = available // 2 if memory is None else memory
@@ -69,7 +71,7 @@ class Cache:
         for group in spec.groups:
             self.arena.page_class(group.page_bytes)
         self.index = PrefixIndex(spec)
-        self.parts = _parts(spec)
+        self.parts = parts_of(spec)
         self.active: Step | None = None
         self._weights = weights
         self._open: dict[int, Sequence] = {}
@@ -133,13 +135,14 @@ class Cache:
         if self.arena.held > memory:
             self._defragment()
         while self.arena.held > memory:
-            if not self._evict():
+            evicted = [self._evict() for _ in range(16)]
+            self._defragment()
+            if not any(evicted) and self.arena.held > memory:
                 held = self.arena.held
                 raise BudgetError(
                     f"the cache can't shrink to {memory:,} bytes: open sequences hold {held:,}; close some",
                     needed=held, available=memory,
                 )  # fmt: skip
-            self._defragment()
         self.arena.budget = memory
         self.emit(events.Resized(memory))
 
@@ -167,14 +170,14 @@ class Cache:
         check(self)
 
     def listen(self, listener: Callable[[events.Event], None]) -> None:
-        """Calls `listener` with every event from now on, in the thread that caused it."""
+        """Calls `listener` with every event from now on, in the thread that caused it. It must not raise."""
         self._listeners.append(listener)
 
     def pages(self, group: Group) -> Tensor:
         """The view that a group's page numbers index: uint8 [pages, page bytes]."""
         return self.arena.page_class(group.page_bytes).view
 
-    # What Sequence and Step ask for. Every change to a table's columns goes through `reserve`, `release` or `fork`.
+    # What Sequence and Step ask for.
 
     def reserve(self, step: Step) -> list[list[int]]:
         """Pages for a step's rows, all or none. Returns how many columns each table had before."""
@@ -304,9 +307,18 @@ class Cache:
             )  # fmt: skip
 
     def _make_room(self, wanted: dict[int, int], tables: int) -> None:
-        """Evicts unreferenced blocks until the pages fit."""
+        """Evicts unreferenced blocks until the pages fit; moves pages together before it gives up."""
+        if self.arena.fits(wanted, tables):
+            return
+        needed = sum(size * count for size, count in wanted.items()) + tables
+        hopeless = bytes_in_use(self) + needed > self.budget
+        tidied = False
         while not self.arena.fits(wanted, tables):
-            if not self._evict():
+            if hopeless or not self._evict():
+                if not (tidied or hopeless):
+                    tidied = True
+                    self._defragment()
+                    continue
                 cost, left = self.arena.cost(wanted, tables), max(self.budget - self.arena.held, 0)
                 raise BudgetError(
                     f"the cache needs {cost:,} more bytes and its budget of {self.budget:,} has {left:,} left; "
@@ -315,9 +327,9 @@ class Cache:
                 )  # fmt: skip
 
     def _evict(self) -> bool:
-        """Drops the least recently used block that nobody uses and nothing stands on. Where there is none: the pages of a
-        block that nobody else holds, since every window has passed them; the block stays as a link of its chain.
-        Returns False if there is neither."""
+        """Drops the least recently used block that nobody uses and nothing stands on. Where there is none: the pages of
+        a block that nobody else holds, since every window has passed them; it stays as a link of its chain. Returns
+        False if there is neither."""
         passed: tuple[Block, list[int]] | None = None
         for block in self.index:
             held = [i for i, pages in enumerate(block.pages) if pages is not None]
@@ -327,6 +339,8 @@ class Cache:
                 return self._drop(block, idle)
             if idle and passed is None:
                 passed = block, idle
+            if idle != held:
+                self.index.touch([block.key])  # in use: not the next to be asked
         return passed is not None and self._drop(*passed)
 
     def _drop(self, block: Block, groups: list[int]) -> bool:
@@ -366,21 +380,6 @@ class Cache:
                 for index, (group, pages) in enumerate(zip(self.spec.groups, block.pages, strict=True)):
                     if group.page_bytes == page_bytes and pages is not None:
                         block.pages[index] = moved[pages]
-
-
-def _parts(spec: Spec) -> list[list[Part]]:
-    """For each layer, where its lanes lie."""
-    found: dict[int, list[tuple[int, slice, tuple[int, ...]]]] = {}
-    for index, group in enumerate(spec.groups):
-        layers = np.array([layer for layer, _ in group.lanes])
-        for layer in dict.fromkeys(layers.tolist()):
-            lanes = np.flatnonzero(layers == layer)
-            where = slice(int(lanes[0]), int(lanes[-1]) + 1)
-            found.setdefault(layer, []).append((index, where, tuple(group.lanes[i][1] for i in lanes)))
-    out: list[list[Part]] = [[] for _ in range(max(found, default=-1) + 1)]
-    for layer, parts in found.items():
-        out[layer] = [Part(index, where, heads if len(parts) > 1 else None) for index, where, heads in parts]
-    return out
 
 
 def _device_memory(device: torch.device) -> int:

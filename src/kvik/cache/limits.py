@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP, _MEMINFO, _OWN = Path("/sys/fs/cgroup"), Path("/proc/meminfo"), Path("/proc/self/cgroup")
+# (folder under the root, limit, use): control groups of version 2, and of version 1
+_FILES = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
-def memory_available(cgroup: Path = _CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that this process can still take: the least of what the system and its control group leave."""
-    candidates = [_meminfo(meminfo, "MemAvailable")]
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        bound = _number(cgroup / limit)
+def memory_available(cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO, own: Path = _OWN) -> int:
+    """Bytes that this process can still take: the least of what the system and each of its control groups leave.
+
+    What a group holds of files that nobody needs right now (`inactive_file`) counts as free.
+    """
+    left = [_meminfo(meminfo, "MemAvailable")]
+    for folder, limit, used in _groups(cgroup, own):
+        bound = _number(folder / limit)
         if bound is not None:
-            candidates.append(max(bound - (_number(cgroup / used) or 0), 0))
-    return min((c for c in candidates if c is not None), default=4 << 30)
+            left.append(max(bound - max((_number(folder / used) or 0) - _inactive(folder), 0), 0))
+    return min((bytes_left for bytes_left in left if bytes_left is not None), default=4 << 30)
 
 
-def memory_total(cgroup: Path = _CGROUP, meminfo: Path = Path("/proc/meminfo")) -> int:
+def memory_total(cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO, own: Path = _OWN) -> int:
     """Bytes that this process could take on an idle machine."""
-    bounds = (_number(cgroup / "memory.max"), _number(cgroup / "memory/memory.limit_in_bytes"))
+    bounds = [_number(folder / limit) for folder, limit, _ in _groups(cgroup, own)]
     return min((c for c in (_meminfo(meminfo, "MemTotal"), *bounds) if c is not None), default=8 << 30)
 
 
+def _groups(root: Path, own: Path) -> Iterator[tuple[Path, str, str]]:
+    """(folder, limit's file, use's file) of this process's control groups and of all above them."""
+    for below, limit, used in _FILES:
+        base = root / below
+        for folder in (base / _own_path(own, below), *(base / _own_path(own, below)).parents):
+            if folder == base or base in folder.parents:
+                yield folder, limit, used
+
+
+def _own_path(own: Path, controller: str) -> str:
+    """This process's group: lines of the file are `number:controllers:/path`."""
+    for line in _lines(own):
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(","):
+            return path.strip().lstrip("/")
+    return ""
+
+
+def _inactive(folder: Path) -> int:
+    pairs = (line.split() for line in _lines(folder / "memory.stat"))
+    return next((int(pair[1]) for pair in pairs if pair[0] in ("inactive_file", "total_inactive_file")), 0)
+
+
 def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
+    text = "".join(_lines(path)).strip()
     return int(text) if text.isdecimal() else None  # "max" = no limit
 
 
 def _meminfo(path: Path, name: str) -> int | None:
+    return next((int(line.split()[1]) * 1024 for line in _lines(path) if line.startswith(f"{name}:")), None)
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+        return path.read_text().splitlines()
+    except (OSError, ValueError):
+        return []

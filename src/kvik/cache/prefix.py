@@ -52,7 +52,7 @@ class Block:
     start: int
     tokens: tuple[int, ...]
     pages: list[Pages | None]
-    children: int = field(default=0)
+    children: int = field(default=0)  # blocks that stand on it; below 0 once one leaves that came before it
 
 
 class PrefixIndex:

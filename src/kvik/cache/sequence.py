@@ -116,8 +116,8 @@ class Sequence:
         """The rows that one layer holds, decoded, for looking at. Modifies nothing.
 
         Returns:
-            `positions` int64 [rows], and for each stream f32 [heads, rows, width], in the order of positions. A row that
-            some heads hold and others have dropped is NaN for those others.
+            `positions` int64 [rows], and for each stream f32 [heads, rows, width], in the order of positions. A row
+            that some heads hold and others have dropped is NaN for those others.
         """
         self._check()
         return self.cache.read(self, layer)

@@ -173,20 +173,21 @@ class Rule:
         """The row that this rule makes of a layer's streams."""
         named = dict(self.codecs)
         streams = []
+        for name in named:
+            if name and name not in dict(shape.streams):
+                have = " and ".join(n for n, _ in shape.streams)
+                raise SpecError(f"spec gives a codec for {name!r}, but this model keeps {have}")
         for name, width in shape.streams:
             codec = named.get("", named.get(name))
             if codec is None:
-                have = " and ".join(n for n, _ in shape.streams)
-                raise SpecError(
-                    f"spec gives codecs for {' and '.join(named)}, but this model keeps {have}: use one codec"
-                )
+                raise SpecError(f"spec gives no codec for {name!r}; write one codec for all, or add '{name}:int8'")
             streams.append(Stream(name, width, codec))
         return RowLayout(tuple(streams))
 
     def retained(self, shape: LayerShape) -> Retention:
-        """The rule's retention under the model's own window: the narrower window holds, sinks asked for stay."""
-        windows = [w for w in (shape.window, self.retention.window) if w is not None]
-        return Retention(min(windows, default=None), self.retention.sinks)
+        """The rule's retention, unless the model's own window is the narrower one: it never saw sinks beyond that."""
+        own, asked = shape.window, self.retention.window
+        return self.retention if own is None or (asked is not None and asked < own) else Retention(own)
 
     def __str__(self) -> str:
         where = "" if self.layers is None else f"layers {_ranges(self.layers)}"
@@ -202,16 +203,24 @@ def parse_rules(text: str, page_size: int = PAGE_SIZE) -> tuple[list[Rule], int]
     Raises:
         SpecError: names the part that is wrong and what would be right there.
     """
+    if len(text) > 1000:
+        raise SpecError(f"spec {text[:40]!r}… has {len(text):,} characters; 1,000 are enough for any")
     rules: list[Rule] = []
+    given = None
+    _page_size(str(page_size), text)
     for part in (p.strip() for p in text.split(";")):
         if match := re.fullmatch(r"page\s+(\S+)", part):
-            page_size = _page_size(match[1], text)
+            if given is not None:
+                raise SpecError(f"spec {text!r}: two page sizes, {given} and {match[1]}; give one")
+            given = page_size = _page_size(match[1], text)
         elif not rules:
             if ":" in part.split("+")[0] and part.startswith("layers"):
                 raise SpecError(f"spec {text!r}: the first rule is for every layer, such as 'int8; {part}'")
             rules.append(_rule(part, text))
         else:
             rules.append(_selected(part, text))
+    if not rules:
+        raise SpecError(f"spec {text!r}: no codec; put one first, as in 'bf16; page {page_size}'")
     return rules, page_size
 
 
@@ -241,7 +250,7 @@ def _codecs(part: str, text: str) -> tuple[tuple[str, Codec], ...]:
         return _merged(("k", CODECS[_SHORT[match[1]]]), ("v", CODECS[_SHORT[match[2]]]))
     if ":" in part:
         pairs = [tuple(item.strip().split(":", 1)) for item in part.split(",")]
-        if any(len(pair) != 2 for pair in pairs) or len({name for name, *_ in pairs}) < len(pairs):
+        if any(len(pair) != 2 or not pair[0] for pair in pairs) or len({name for name, *_ in pairs}) < len(pairs):
             raise SpecError(f"spec {text!r}: {part!r} names streams wrongly; write 'k:int8,v:int4'")
         return _merged(*((name, _codec(codec, text)) for name, codec in pairs))
     return (("", _codec(part, text)),)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik.cache.sequence import Sequence, Table
-from kvik.cache.spec import Group
+from kvik.cache.spec import Group, Spec
 from kvik.errors import SequenceError
 from kvik.ops import reference
 from kvik.ops.reference import QUERY_BLOCK, TILE, Partial, Reads
@@ -57,6 +57,21 @@ class _Item:
     tiles: tuple[int, ...]
 
 
+def parts_of(spec: Spec) -> list[list[Part]]:
+    """For each layer, where its lanes lie."""
+    found: dict[int, list[tuple[int, slice, tuple[int, ...]]]] = {}
+    for index, group in enumerate(spec.groups):
+        layers = np.array([layer for layer, _ in group.lanes])
+        for layer in dict.fromkeys(layers.tolist()):
+            lanes = np.flatnonzero(layers == layer)
+            where = slice(int(lanes[0]), int(lanes[-1]) + 1)
+            found.setdefault(layer, []).append((index, where, tuple(group.lanes[i][1] for i in lanes)))
+    out: list[list[Part]] = [[] for _ in range(max(found, default=-1) + 1)]
+    for layer, parts in found.items():
+        out[layer] = [Part(index, where, heads if len(parts) > 1 else None) for index, where, heads in parts]
+    return out
+
+
 class Step:
     """See the module's docstring. Made by `Cache.step`; good for one pass through the layers."""
 
@@ -67,6 +82,7 @@ class Step:
         self.starts = [len(sequence) for sequence in self.sequences]
         self._columns: list[list[int]] = []
         self._done: set[int] = set()
+        self._used = False
         self._check()
 
     @property
@@ -86,9 +102,11 @@ class Step:
 
     def __enter__(self) -> Step:
         self._check()
+        if self._used:
+            raise SequenceError("the step was used already; ask the cache for another")
         self.starts = [len(sequence) for sequence in self.sequences]
-        self._done.clear()
         self._columns = self.cache.reserve(self)
+        self._used = True
         for sequence in self.sequences:
             sequence._busy = True
         groups = range(len(self.cache.spec.groups))
@@ -124,6 +142,7 @@ class Step:
             layer: which.
             streams: for each stream, f32 [T, heads, width], keys already rotated.
         """
+        self._check_open(layer)
         for part in self.cache.parts[layer]:
             group = self.cache.spec.groups[part.group]
             slots = self._slots[part.group][part.lanes].t()
@@ -151,6 +170,7 @@ class Step:
 
         The other arguments, and the result: `ops.reference.attend`.
         """
+        self._check_open(layer)
         if layer not in self._done:
             raise SequenceError(f"layer {layer} attends before it appended its rows; a token sees itself")
         parts = self.cache.parts[layer]
@@ -173,8 +193,19 @@ class Step:
             raise SequenceError("a sequence is twice in one step; give it one longer chunk")
         if not all(self.chunks) or not self.chunks:
             raise SequenceError("a step needs at least one sequence, and at least one token for each")
+        if not all(0 <= token < 1 << 63 for token in self.tokens):
+            raise SequenceError("a token id must be 0 or more and fit 63 bits")
+
+    def _check_open(self, layer: int) -> None:
+        if self.cache.active is not self:
+            raise SequenceError("the step is not open; use it inside its own 'with'")
+        if not 0 <= layer < len(self.cache.parts):
+            raise SequenceError(f"layer {layer}: the spec has layers 0 to {len(self.cache.parts) - 1}")
 
     def _check_rows(self, layer: int, group: Group, slots: Tensor, rows: dict[str, Tensor]) -> None:
+        known = [stream.name for stream in group.layout.streams]
+        if len(rows) > len(known):
+            raise SequenceError(f"layer {layer} keeps {' and '.join(known)}; got {' and '.join(rows)}")
         for stream in group.layout.streams:
             want = (*slots.shape, stream.width)
             if stream.name not in rows or rows[stream.name].shape != want:
@@ -184,7 +215,7 @@ class Step:
                 )
 
     def _undo(self) -> None:
-        """Gives back what was reserved. Rows written into old pages lie beyond the sequence's end: blanked before use."""
+        """Gives back what was reserved. Rows in old pages lie beyond the sequence's end: blanked before use."""
         for sequence, before in zip(self.sequences, self._columns, strict=True):
             for table, columns in zip(sequence.tables, before, strict=True):
                 self.cache.release(table, np.arange(len(table.logical)) < columns)

@@ -72,6 +72,12 @@ class Generation:
         """
         assert model.tokenizer is not None, "text needs a tokenizer"
         model.check_context(len(request.prompt) + 1)
+        held = [] if sequence is None else sequence.tokens
+        if len(held) >= len(request.prompt) or held != list(request.prompt[: len(held)]):
+            raise UsageError(
+                f"the sequence's {len(held)} tokens must begin the prompt's {len(request.prompt)}, short of its last; "
+                "trim it, or open another with the prompt"
+            )
         self.model, self.request, self.sequence = model, request, sequence
         self.token_ids: list[int] = []
         self.text = ""
@@ -82,16 +88,25 @@ class Generation:
         self.nbytes = Bytes(0, 0)
         self._decoder = model.tokenizer.stream()
         self._held_back = ""
+        self._started = self._stopping = False
         room = model.config.max_positions - len(request.prompt)
         self._limit = room if request.max_tokens is None else min(request.max_tokens, room)
         self._full = self._limit == room
 
     def __iter__(self) -> Iterator[str]:
-        """Pieces of text as soon as they are certain."""
+        """Pieces of text as soon as they are certain; once only.
+
+        Raises:
+            UsageError: it was started before.
+            BudgetError: the cache has no room for the next token; what was said so far stands.
+        """
+        if self._started:
+            raise UsageError("the answer was started already; make another Generation for another answer")
+        self._started = True
         started = first = time.perf_counter()
         try:
-            logits = self._prefill()
-            while True:
+            logits = self._advance(list(self.request.prompt[self.cached_tokens :]))
+            while not self._stopping:
                 token = choose(logits, self.request.sampling, len(self.request.prompt) + len(self.token_ids))
                 self.token_ids.append(token)
                 if len(self.token_ids) == 1:
@@ -106,23 +121,23 @@ class Generation:
                 if self.finish_reason is not None:
                     return
                 logits = self._advance([token])
-        except KeyboardInterrupt:
             self.finish_reason = "interrupted"
-            raise
         finally:
+            self.finish_reason = self.finish_reason or "interrupted"
             elapsed = time.perf_counter() - first
             self.tokens_per_s = (len(self.token_ids) - 1) / elapsed if len(self.token_ids) > 1 else 0.0
             if self.sequence is not None and not self.sequence.closed:
                 self.nbytes = self.sequence.nbytes
+
+    def stop(self) -> None:
+        """Ends the answer after the chunk that is being computed; can be called from a signal handler."""
+        self._stopping = True
 
     def run(self) -> Generation:
         """To the end; returns itself."""
         for _ in self:
             pass
         return self
-
-    def _prefill(self) -> Tensor:
-        return self._advance(list(self.request.prompt[self.cached_tokens :]))
 
     def _advance(self, tokens: list[int]) -> Tensor:
         """Logits after some more tokens: f32 [vocabulary]."""
@@ -134,6 +149,8 @@ class Generation:
     def _chunked(self, sequence: KVSequence, tokens: list[int]) -> Tensor:
         logits = torch.empty(0)
         for start in range(0, len(tokens), CHUNK):
+            if self._stopping:
+                break
             logits = self.model.run([(sequence, tokens[start : start + CHUNK])])[0]
             sequence.settle()
         return logits
@@ -182,7 +199,7 @@ def generate(
     kv: str = "bf16",
     raw: bool = False,
     max_tokens: int | None = None,
-    stop: tuple[str, ...] = (),
+    stop: str | tuple[str, ...] = (),
     sampling: Sampling | None = None,
     memory: int | None = None,
 ) -> Iterator[str]:
@@ -197,8 +214,11 @@ def generate(
         sampling: greedy where None.
         memory: the cache's budget in bytes.
     """
-    request = Request(encode_prompt(model, prompt, raw=raw), max_tokens, stop, sampling or Sampling())
+    stops = (stop,) if isinstance(stop, str) else stop
+    request = Request(encode_prompt(model, prompt, raw=raw), max_tokens, stops, sampling or Sampling())
     if kv == "none":
+        if memory is not None:
+            raise UsageError("kv 'none' keeps no cache, so it has no memory budget; leave one of the two out")
         yield from Generation(model, request, None)
         return
     with model.cache(kv, memory=memory, shares=False).open() as sequence:
@@ -208,6 +228,8 @@ def generate(
 def encode_prompt(model: Model, prompt: str, *, raw: bool = False) -> list[int]:
     """The token ids of one user message in the model's chat format, or of the text as it is."""
     assert model.tokenizer is not None, "text needs a tokenizer"
+    if not prompt:
+        raise UsageError("the prompt is empty; give at least one character of text")
     if raw:
         return model.tokenizer.encode(prompt, add_special_tokens=True)
     return model.tokenizer.encode(model.tokenizer.chat([{"role": "user", "content": prompt}]))

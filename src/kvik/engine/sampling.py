@@ -3,7 +3,6 @@ request's text does not depend on what else is running."""
 
 from __future__ import annotations
 
-import math
 import secrets
 from dataclasses import dataclass, field
 
@@ -31,8 +30,8 @@ class Sampling:
     seed: int = field(default_factory=lambda: secrets.randbits(32))
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and 0 <= self.temperature <= 100):
-            raise UsageError(f"temperature {self.temperature}: use 0 (greedy) to 100, such as 0.7")
+        if not (self.temperature == 0 or 1e-3 <= self.temperature <= 100):
+            raise UsageError(f"temperature {self.temperature}: use 0 (greedy), or 0.001 to 100, such as 0.7")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top-p {self.top_p}: use a probability above 0 and up to 1, such as 0.9")
         if self.top_k < 0:
@@ -56,6 +55,7 @@ def choose(logits: Tensor, sampling: Sampling, position: int) -> int:
         before = torch.softmax(scores[:kept], dim=0).cumsum(0).roll(1)
         before[0] = 0.0
         kept = int((before < sampling.top_p).sum())
-    noise = np.random.Generator(np.random.Philox(key=[sampling.seed, position])).gumbel(size=len(scores))
+    key = np.array([sampling.seed, position], dtype=np.uint64)
+    noise = np.random.Generator(np.random.Philox(key=key)).gumbel(size=len(scores))
     noisy = scores[:kept].cpu() + torch.from_numpy(noise)[order[:kept].cpu()]
     return int(order[int(noisy.argmax())])

@@ -100,6 +100,8 @@ class Model:
             ContextError: a sequence would pass the model's last position; nothing changed.
             BudgetError: the cache has no room; nothing changed.
         """
+        if not chunks:
+            raise UsageError("run needs at least one sequence and its new tokens")
         known = self.config.vocab_size
         for sequence, tokens in chunks:
             self.check_context(len(sequence) + len(tokens))
