@@ -285,7 +285,7 @@ def test_a_machine_that_says_nothing_is_taken_for_a_small_one(tmp_path):
 ])  # fmt: skip
 @pytest.mark.parametrize("above", [0, 1])
 def test_the_limits_of_this_process_own_groups_count_and_idle_files_do_not(tmp_path, line, folder, names, above):
-    """The group's own limit, or that of the group above it: 1000 KiB, of which 700 are used, 600 of them by idle files."""
+    """The limit of its group, or of the one above: 1000 KiB, of which 700 are used, 600 of them by idle files."""
     group = tmp_path / folder
     group.mkdir(parents=True)
     holder = group.parent if above else group
