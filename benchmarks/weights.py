@@ -6,9 +6,9 @@ python benchmarks/weights.py [--tokens 768]
 from __future__ import annotations
 
 import argparse
+from pydoc_data.topics import topics
 
 import torch
-from pydoc_data.topics import topics
 
 import kvik
 from kvik.ops.linear import FORMATS
