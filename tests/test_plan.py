@@ -16,17 +16,7 @@ from kvik.errors import SpecError, UsageError
 from kvik.plan import from_config, known_models, list_plans, lookup, make_plan, render_list, render_plan, run_plan
 from kvik.plan.wellknown import CONFIGS
 from kvik.units import format_bytes, format_count, parse_bytes
-
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "num_hidden_layers": 3,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": 101,
-    "max_position_embeddings": 64,
-}
+from tiny_config import LLAMA
 
 
 def printed(render: Any, what: Any, width: int = 80) -> str:

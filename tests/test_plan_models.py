@@ -11,17 +11,8 @@ from kvik.cache.spec import LayerShape
 from kvik.errors import ConfigError, StorageError
 from kvik.plan import from_config, lookup, make_plan, run_plan
 from kvik.plan.wellknown import ALIASES, CONFIGS
+from tiny_config import LLAMA
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "num_hidden_layers": 3,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": 101,
-    "max_position_embeddings": 64,
-}
 WHISPER = {"model_type": "whisper", "d_model": 24, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 40}
 MLA = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6, "first_k_dense_replace": 1}
 EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size": 10, "n_group": 1, "topk_group": 1}

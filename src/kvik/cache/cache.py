@@ -56,6 +56,7 @@ class Cache:
 
         Raises:
             BudgetError: more than the machine, or the limit of its container, has.
+            UsageError: the device is not there.
         """
         self.spec = spec
         self.device = torch.device(device)

@@ -56,7 +56,7 @@ class Block:
 
 
 class PrefixIndex:
-    """Blocks by key, least recently used first. Holds references, knows no bytes."""
+    """Blocks by key, least recently used first. Whoever adds or removes one holds or releases its pages."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
@@ -68,9 +68,6 @@ class PrefixIndex:
     def __iter__(self) -> Iterator[Block]:
         """All blocks, the least recently used first."""
         return iter(list(self._blocks.values()))
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._blocks
 
     def get(self, key: bytes) -> Block | None:
         """The block under a key."""

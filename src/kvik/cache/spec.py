@@ -34,7 +34,8 @@ class Bytes:
 
     Attributes:
         payload: codes of the kept rows, by the formula Σ lanes · rows · widths · bits / 8.
-        overhead: scales, page tables (they hold the positions), open slots, rounding to pages and slabs.
+        overhead: scales, page tables (they hold the positions), open slots, rounding to pages; of a whole cache, also
+            rounding to slabs.
         allocated: payload + overhead.
     """
 

@@ -65,11 +65,6 @@ class Tokenizer:
         """Text from token ids that come one by one."""
         return TextStream(self._backend, skip_special)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether the model comes with a chat template (which may yet turn out to be broken)."""
-        return self._template_source is not None
-
     def chat(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
         """A conversation as the text that the model was trained on.
 
