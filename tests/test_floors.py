@@ -14,7 +14,7 @@ FLOORS = (
     {"cache"},
     {"models"},
     {"engine"},
-    {"plan", "hf", "eval", "train"},
+    {"plan", "trace", "bench", "hf", "eval", "train"},
     {"server", "chat", "cli"},
 )
 EXEMPT = {"__init__", "__main__"}  # they name what they offer; everything behind it is loaded when it is used

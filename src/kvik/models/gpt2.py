@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from kvik.cache.spec import LayerShape
-from kvik.cache.step import Step
 from kvik.models.config import Config
 from kvik.models.parts import Source
+from kvik.models.watch import Chunk
 from kvik.ops.pointwise import gelu_tanh
 
 
@@ -58,7 +58,7 @@ class GPT2:
         self.norm = Norm(source, "ln_f", config.norm_eps)
         self.head = self.embedding if config.tied_embeddings else source.embedding("lm_head")
 
-    def forward(self, step: Step, tokens: Tensor, rows: Tensor) -> Tensor:
+    def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
         """Takes a step's tokens through all layers; see `Llama.forward`."""
         config = self.config
         positions = torch.tensor(step.positions, device=tokens.device)

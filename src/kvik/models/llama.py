@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from kvik.cache.spec import LayerShape
-from kvik.cache.step import Step
 from kvik.models.config import Config
 from kvik.models.parts import Rotation, Source
+from kvik.models.watch import Chunk
 from kvik.ops.pointwise import RMSNorm, silu
 
 
@@ -49,7 +49,7 @@ class Llama:
         self.head = self.embedding if config.tied_embeddings else source.embedding("lm_head")
         self.rotation = Rotation(config.rope, source.device)
 
-    def forward(self, step: Step, tokens: Tensor, rows: Tensor) -> Tensor:
+    def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
         """Takes a step's tokens through all layers.
 
         Args:

@@ -18,9 +18,10 @@ from kvik.errors import ContextError, UsageError
 from kvik.models.config import Config
 from kvik.models.gpt2 import GPT2
 from kvik.models.llama import Llama
-from kvik.models.parts import Source, nbytes
+from kvik.models.parts import Source, multiplied, nbytes
 from kvik.models.tokenizer import Tokenizer
-from kvik.ops.linear import FORMATS, Format, GroupQuantized
+from kvik.models.watch import Chunk
+from kvik.ops.linear import FORMATS, Format, GroupQuantized, Linear
 
 Weights = Literal["auto", "f32", "bf16", "int8", "int4"]
 
@@ -30,8 +31,13 @@ class Decoder(Protocol):
 
     config: Config
     layers: list[LayerShape]
+    head: Linear
 
-    def forward(self, step: Step, tokens: Tensor, rows: Tensor) -> Tensor:
+    @property
+    def blocks(self) -> Sequence[object]:
+        """The layers' weights."""
+
+    def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
         """Takes a step's tokens through all layers; logits of the chosen rows."""
 
 
@@ -47,6 +53,9 @@ class Model:
         tokenizer: None where the folder has none and none is needed.
         weights: how linear weights are held.
         fingerprint: names the weights as they are held, for the cache's keys.
+        nbytes: bytes of all weights as they are held.
+        row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers.
+        head_weights: weights that a row is multiplied with whose logits are wanted.
     """
 
     def __init__(
@@ -76,6 +85,7 @@ class Model:
         self.tokenizer = tokenizer
         self.fingerprint = digest(file=fingerprint.encode(), held=self.weights.encode()).hex()
         self.nbytes = nbytes(self.decoder)
+        self.row_weights, self.head_weights = multiplied(self.decoder.blocks), multiplied(self.decoder.head)
 
     def spec(self, kv: str = "bf16") -> Spec:
         """What a cache for this model keeps under a spec string."""
@@ -86,12 +96,18 @@ class Model:
         return Cache(self.spec(kv), memory=memory, weights=self.fingerprint, shares=shares, device=self.device)
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[tuple[KVSequence, Sequence[int]]], every: bool = False) -> Tensor:
+    def run(
+        self,
+        chunks: Sequence[tuple[KVSequence, Sequence[int]]],
+        every: bool = False,
+        watch: Callable[[Step], Chunk] | None = None,
+    ) -> Tensor:
         """Appends a chunk of tokens to each sequence: prefill and decode alike.
 
         Args:
             chunks: sequences of one cache, and at least one new token id for each.
             every: logits of every new token instead of each chunk's last.
+            watch: puts something between the decoder and the step, to look at what passes; see `Watch`.
 
         Returns:
             f32 [number of chunks, or of tokens; vocabulary].
@@ -110,7 +126,7 @@ class Model:
         with chunks[0][0].cache.step(chunks) as step:
             ids = torch.tensor(step.tokens, device=self.device)
             rows = torch.arange(len(step.tokens)) if every else torch.tensor(step.last)
-            return self.decoder.forward(step, ids, rows.to(self.device))
+            return self.decoder.forward(step if watch is None else watch(step), ids, rows.to(self.device))
 
     def check_context(self, tokens: int) -> None:
         """Raises ContextError if a text of so many tokens is longer than the model's positions."""

@@ -5,14 +5,17 @@ Legend: T tokens of a step, H heads, D width of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from kvik.models.rope import Rope
 from kvik.ops.linear import Format, GroupQuantized, Linear, dense, stack
+
+T = TypeVar("T")
 
 
 class Rotation:
@@ -82,15 +85,24 @@ class Source:
 
 def nbytes(item: object) -> int:
     """Bytes of all tensors under an object, each counted once."""
-    return _nbytes(item, set())
+    return sum(x.numel() * x.element_size() for x in _under(item, Tensor, set()))
 
 
-def _nbytes(item: object, seen: set[int]) -> int:
+def multiplied(item: object) -> int:
+    """Weights of all linear products under an object: a row that passes through all of them costs twice as many
+    floating-point operations."""
+    return sum(linear.outputs * linear.inputs for linear in _under(item, Linear, set()))
+
+
+def _under(item: object, kind: type[T], seen: set[int]) -> Iterator[T]:
     if id(item) in seen:
-        return 0
+        return
     seen.add(id(item))
-    if isinstance(item, Tensor):
-        return item.numel() * item.element_size()
-    if isinstance(item, list | tuple):
-        return sum(_nbytes(each, seen) for each in item)
-    return sum(_nbytes(each, seen) for each in vars(item).values()) if hasattr(item, "__dict__") else 0
+    if isinstance(item, kind):
+        yield item
+    elif isinstance(item, list | tuple):
+        for each in item:
+            yield from _under(each, kind, seen)
+    elif hasattr(item, "__dict__"):
+        for each in vars(item).values():
+            yield from _under(each, kind, seen)

@@ -1,0 +1,67 @@
+"""The command line: one module a command. Answers and facts asked for go to stdout, all else to stderr.
+
+Exit codes: 0 done, 2 the input can't be used (one line on stderr says why), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+from kvik.cli import bench, plan, run, trace
+from kvik.cli.common import INTERRUPTED, app
+from kvik.errors import KvikError
+
+__all__ = ["app", "bench", "main", "plan", "run", "trace"]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from kvik import __version__
+
+        print(f"kvik {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of `kvik` itself."""
+
+
+def main() -> None:
+    """The `kvik` command."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch loads: idle OpenMP threads soon stop burning a core
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(standalone_mode=False, prog_name="kvik")
+    except KvikError as error:
+        code = _complain(str(error))
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)  # not every kind of wrong option has one
+        where = "kvik" if context is None else context.command_path
+        code = _complain(f"{error.format_message()}; see '{where} --help'")
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except (OSError, UnicodeError, MemoryError) as error:
+        code = _complain(f"{type(error).__name__}: {error}")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"kvik: {line}", file=sys.stderr)
+    return 2

@@ -1,0 +1,5 @@
+"""`python -m kvik.cli`."""
+
+from kvik.cli import main
+
+main()

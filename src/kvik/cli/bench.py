@@ -1,0 +1,1 @@
+"""`kvik bench`: what a cache saves and costs, measured here."""

@@ -1,0 +1,99 @@
+"""What the commands share: the app, the options that several have, and how input is checked and shown."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from kvik.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvik.models.model import Model
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="kvik",
+    help="A KV cache for transformers: run a model through it, look into it, measure it, or plan what it costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="smollm2, a safetensors folder, a .gguf file, or a hub id.")
+]
+KvOption = Annotated[
+    str, typer.Option("--kv", help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …")
+]
+WeightsOption = Annotated[str, typer.Option("--weights", help="How weights are held: auto, f32, bf16, int8 or int4.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
+MemoryOption = Annotated[str | None, typer.Option("--memory", help="Budget of the cache, such as 64MiB.")]
+TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more random.")]
+TopPOption = Annotated[float, typer.Option(help="Only the likeliest tokens that together have this probability.")]
+TopKOption = Annotated[int, typer.Option(help="Only so many of the likeliest tokens; 0 = all.")]
+SeedOption = Annotated[int | None, typer.Option(help="Makes random choices repeatable.")]
+MaxTokensOption = Annotated[
+    int | None, typer.Option(help="New tokens at the most; by default up to the model's context.")
+]
+StopOption = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; can be given several times.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+
+
+def budget(memory: str | None) -> int | None:
+    from kvik.units import parse_bytes
+
+    return None if memory is None else parse_bytes(memory, "memory")
+
+
+def stdin() -> TextIO:
+    if sys.stdin is None:
+        raise UsageError("standard input is closed; give the prompt as an argument, or open it")
+    return sys.stdin
+
+
+def check_spec(kv: str, *, allow_none: bool) -> None:
+    """Complains about a wrong spec before the model is loaded."""
+    from kvik.cache.spec import parse_rules
+
+    if not (allow_none and kv == "none"):
+        parse_rules(kv)
+
+
+def load_model(model: str, weights: str, device: str) -> Model:
+    """Loads with a progress bar where there is something to prepare."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=stderr(),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task(f"loading {model}", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        from kvik.models.model import load
+
+        return load(model, weights=weights, device=device, progress=show)  # type: ignore[arg-type]
+
+
+def stdout() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)

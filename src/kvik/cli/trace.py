@@ -1,0 +1,1 @@
+"""`kvik trace`: one text through the cache, step by step."""

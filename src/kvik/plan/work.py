@@ -1,0 +1,148 @@
+"""What writing a text of n tokens computes and reads, one token a step, with a cache and without. Needs no torch.
+
+                            with a cache       without
+rows of k and v, a lane     n                  n(n+1)/2            1 + 2 + … + n
+query-key pairs, a head     n(n+1)/2           n(n+1)(n+2)/6       each step asks again for every earlier token
+rows read, a lane           n(n+1)/2           n(n+1)/2            the same: kept rows are still read every step
+weights read                n times            n times
+
+(full attention; a window w puts min(length, w) for the length.) A step without a cache is a step whose chunk is the
+whole text: one function counts both.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from kvik.cache.retention import Retention
+from kvik.cache.spec import Group, Spec
+
+if TYPE_CHECKING:
+    from kvik.models.model import Model
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts over all layers, and all sequences of a batch.
+
+    Attributes:
+        rows: of k and of v, computed.
+        pairs: of a query and a key that it sees.
+        products: floating-point operations of projections, feed-forward parts and the head.
+        attention: floating-point operations of scores and of mixing values.
+        weights_read: bytes of weights.
+        rows_read: bytes of stored rows, scales included, each row once a step.
+    """
+
+    rows: int = 0
+    pairs: int = 0
+    products: int = 0
+    attention: int = 0
+    weights_read: int = 0
+    rows_read: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations in all; a multiplication and its addition are two."""
+        return self.products + self.attention
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes in all."""
+        return self.weights_read + self.rows_read
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """A model's sizes, as far as its work follows from them.
+
+    Attributes:
+        spec: what the cache keeps.
+        plain: the same with nothing compressed and the model's own windows: what a step without a cache goes through.
+        shared: query heads that read one lane.
+        row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers.
+        head_weights: weights that a row is multiplied with whose logits are wanted.
+        weight_bytes: of all of them as they are held.
+    """
+
+    spec: Spec
+    plain: Spec
+    shared: int
+    row_weights: int
+    head_weights: int
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, model: Model, kv: str = "bf16") -> Arithmetic:
+        """A loaded model's."""
+        plain = model.spec("f32")
+        shared = model.config.heads // model.config.kv_heads
+        return cls(model.spec(kv), plain, shared, model.row_weights, model.head_weights, model.nbytes)
+
+    def step(self, tokens: int, *, cached: bool = True, chunk: int = 1, batch: int = 1) -> Work:
+        """One step, at whose end each of `batch` sequences has `tokens` tokens.
+
+        Args:
+            tokens: length, the new tokens included.
+            cached: whether the rows of the earlier tokens are kept; if not, the chunk is the whole text.
+            chunk: new tokens of each sequence.
+            batch: sequences; the weights are read once for all of them.
+        """
+        spec = self.spec if cached else self.plain
+        chunk = chunk if cached else tokens
+        rows = pairs = attention = read = 0
+        for group in spec.groups:
+            lanes = len(group.lanes)
+            mine = lanes * self.shared * (_seen(group.retention, tokens) - _seen(group.retention, tokens - chunk))
+            rows += lanes * chunk
+            pairs += mine
+            attention += 2 * mine * sum(stream.width for stream in group.layout.streams)
+            read += lanes * _read(group, tokens, chunk) * group.layout.row_bytes
+        products = 2 * (chunk * self.row_weights + self.head_weights)
+        return Work(batch * rows, batch * pairs, batch * products, batch * attention, self.weight_bytes, batch * read)
+
+    def text(self, tokens: int, *, cached: bool = True, prefill: int = 1) -> Work:
+        """All steps of a text: a first one of `prefill` tokens, then one for each further token."""
+        work = self.step(prefill, cached=cached, chunk=prefill)
+        for length in range(prefill + 1, tokens + 1):
+            work += self.step(length, cached=cached)
+        return work
+
+    @property
+    def equal_work(self) -> int | None:
+        """The length at which a new token's attention takes as many operations as its products; None = never."""
+        return self._first(lambda work: work.attention >= work.products)
+
+    @property
+    def equal_bytes(self) -> int | None:
+        """The length at which the cache has as many bytes to read as the weights; None = never."""
+        return self._first(lambda work: work.rows_read >= work.weights_read)
+
+    def _first(self, reached: Callable[[Work], bool]) -> int | None:
+        high = 1
+        while not reached(self.step(high)):
+            high *= 2
+            if high > 1 << 40:
+                return None
+        return bisect_left(range(1, high + 1), True, key=lambda tokens: reached(self.step(tokens))) + 1
+
+
+def _seen(retention: Retention, tokens: int) -> int:
+    """Rows that the first `tokens` queries see, added up.
+
+    >>> _seen(Retention(), 6), _seen(Retention(window=2), 6)
+    (21, 11)
+    """
+    most = tokens if retention.window is None else min(tokens, retention.window + retention.sinks)
+    return most * (most + 1) // 2 + (tokens - most) * most
+
+
+def _read(group: Group, tokens: int, chunk: int) -> int:
+    """Rows of a lane that a chunk's queries see together."""
+    return min(tokens, group.retention.rows(tokens) + chunk - 1)
