@@ -108,7 +108,8 @@ class Arithmetic:
         return Work(batch * rows, batch * pairs, batch * products, batch * attention, self.weight_bytes, batch * read)
 
     def text(self, tokens: int, *, cached: bool = True, prefill: int = 1) -> Work:
-        """All steps of a text: a first one of `prefill` tokens, then one for each further token."""
+        """All steps of a text: a first one of `prefill` tokens at the most, then one for each further token."""
+        prefill = min(prefill, tokens)
         work = self.step(prefill, cached=cached, chunk=prefill)
         for length in range(prefill + 1, tokens + 1):
             work += self.step(length, cached=cached)
