@@ -42,8 +42,12 @@ def test_command_runs_as_written(line, tmp_path):
     words = words[:-2] if stdin else words
     if "model.gguf" in words or "path/to/config.json" in words:
         pytest.skip("needs the reader's own file")
-    short = ["--max-tokens", "8"] if words[0] in ("run", "chat") and "--max-tokens" not in words else []
-    done = python("-m", "kvik.cli", words[0], *short, *words[1:], input=stdin)
+    words = [str(tmp_path / word) if word.endswith((".png", ".html")) else word for word in words]
+    if words[0] in ("run", "chat") and "--max-tokens" not in words:
+        words += ["--max-tokens", "8"]
+    if words[0] == "bench":
+        words += ["--tokens", "16", "--rounds", "1", "--batch", "1"]  # the last of an option counts
+    done = python("-m", "kvik.cli", *words, input=stdin)
     assert done.returncode == 0, done.stderr
     assert words[0] == "chat" or done.stdout.strip()
 
@@ -65,6 +69,6 @@ def test_every_file_that_documents_name_exists():
     for document in ("README.md", "DESIGN.md", "CONTRIBUTING.md", "docs/log.md"):
         text = (ROOT / document).read_text()
         for name in re.findall(
-            r"`((?:ops|cache|models|engine|docs|examples|benchmarks|scripts|tests)/[\w./-]+)`", text
+            r"`((?:ops|cache|models|engine|plan|trace|bench|docs|examples|benchmarks|scripts|tests)/[\w./-]+)`", text
         ):
             assert (ROOT / name).exists() or (ROOT / "src/kvik" / name).exists(), f"{document} names {name}"

@@ -107,6 +107,6 @@ def time_tick(value: float) -> str:
     >>> time_tick(0.01), time_tick(100.0), time_tick(0.00001)
     ('10 ms', '100 s', '10 µs')
     """
-    if 1 <= value < 10_000:
+    if 1 <= value < 100_000:
         return f"{value:,.0f} s"
     return time_text(value).replace(".00", "").replace(".0", "")

@@ -194,7 +194,7 @@ def _memory(axes: Axes, growth: Growth) -> None:
     if growth.tokens > most / 2:
         label(axes, growth.tokens, last / mib, text, WITH, dy=5, ha="right", va="bottom")
     else:
-        label(axes, growth.tokens, max(last / mib, 0.06 * top), text, WITH, dx=14)
+        label(axes, growth.tokens, max(last / mib, 0.12 * top), text, WITH, dx=8, dy=-4, va="top")
     _equal(axes, growth.arithmetic.equal_bytes, most, weights, above=False)
     axes.set_xlim(-most * 0.02, most * 1.02)
     axes.set_ylim(0, top)
@@ -265,8 +265,10 @@ def _one_more(axes: Axes, growth: Growth) -> None:
             text = f"{factor}× from {math.ceil(length):,} tokens"
             label(axes, length, high, text, INK, dx=6, dy=5, ha="right", va="bottom")
     _gap(axes, growth, growth.tokens)
-    for side, color, dy, va in ((growth.without, WITHOUT, 5, "bottom"), (growth.cached, WITH, -5, "top")):
-        label(axes, growth.tokens, side.medians[-1], time_text(side.medians[-1]), color, dx=4, dy=dy, ha="right", va=va)
+    high, low = growth.without.medians[-1], growth.cached.medians[-1]
+    lowest = min(*growth.cached.medians[-3:], *growth.cached_model.predicted[-3:])
+    label(axes, growth.tokens, high, time_text(high), WITHOUT, dx=4, dy=5, ha="right", va="bottom")
+    label(axes, growth.tokens, lowest, time_text(low), WITH, dx=4, dy=-6, ha="right", va="top")
     middle = math.sqrt(growth.cached.medians[-1] * growth.without.medians[-1])
     label(axes, growth.tokens, middle, times_text(growth.step_gain[-1]), INK, dx=-5, ha="right", size=11)
     constant = growth.cached_model.constant
