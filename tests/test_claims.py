@@ -9,16 +9,16 @@ import pytest
 
 import kvik
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import claims
 import verdicts
 
-FIGURES = json.loads((ROOT / "docs/claims.json").read_text())
+DOCS = Path(__file__).parent.parent / "docs"
+FIGURES = json.loads((DOCS / "claims.json").read_text())
 
 
 def test_the_page_is_written_from_its_figures():
-    assert (ROOT / "docs/claims.md").read_text() == verdicts.render(FIGURES)
+    assert (DOCS / "claims.md").read_text() == verdicts.render(FIGURES)
 
 
 @pytest.mark.parametrize(
