@@ -1,0 +1,17 @@
+// Compiled once for each instruction set, which KVIK_ISA names.
+#include "kernels.h"
+
+#define KVIK_NAME_(isa) kernels_##isa
+#define KVIK_NAME(isa) KVIK_NAME_(isa)
+#define KVIK_TEXT_(isa) #isa
+#define KVIK_TEXT(isa) KVIK_TEXT_(isa)
+
+namespace kvik {
+namespace {
+void probe(float *out) { *out = 1; }
+} // namespace
+
+extern const Kernels KVIK_NAME(KVIK_ISA);
+const Kernels KVIK_NAME(KVIK_ISA) = {KVIK_TEXT(KVIK_ISA), probe};
+
+} // namespace kvik
