@@ -8,10 +8,11 @@
 
 namespace kvik {
 namespace {
-void probe(float *out) { *out = 1; }
+#include "attend.inc"
+#include "linear.inc"
 } // namespace
 
 extern const Kernels KVIK_NAME(KVIK_ISA);
-const Kernels KVIK_NAME(KVIK_ISA) = {KVIK_TEXT(KVIK_ISA), probe};
+const Kernels KVIK_NAME(KVIK_ISA) = {KVIK_TEXT(KVIK_ISA), attend_kernels, linear_kernels};
 
 } // namespace kvik

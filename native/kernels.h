@@ -1,13 +1,15 @@
 // What every instruction set offers. Each is compiled from kernels.cpp with its own flags.
 #pragma once
 
-#include <cstdint>
+#include "attend.h"
+#include "linear.h"
 
 namespace kvik {
 
 struct Kernels {
     const char *name;
-    void (*probe)(float *out); // temporary
+    AttendKernels attend;
+    LinearKernels linear;
 };
 
 } // namespace kvik

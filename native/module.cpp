@@ -1,12 +1,5 @@
-// What Python sees. Addresses come as integers: `ops/native.py` has checked what they point at.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
-#include "dispatch.h"
-#include "pool.h"
-
-namespace nb = nanobind;
+// What Python sees of the dispatch and the pool.
+#include "bind.h"
 
 NB_MODULE(_native, m) {
     m.doc() = "kvik's CPU kernels; use them through kvik.ops.native";
@@ -18,4 +11,6 @@ NB_MODULE(_native, m) {
     m.def("set_threads", &kvik::set_threads, nb::arg("count"));
     m.def("spin", &kvik::spin, "Microseconds that an idle thread looks for work before it sleeps.");
     m.def("set_spin", &kvik::set_spin, nb::arg("microseconds"));
+    bind_attend(m);
+    bind_linear(m);
 }
