@@ -1,6 +1,13 @@
 // Compiled once for each instruction set, which KVIK_ISA names.
 #include "kernels.h"
 
+#include "simd.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
 #define KVIK_NAME_(isa) kernels_##isa
 #define KVIK_NAME(isa) KVIK_NAME_(isa)
 #define KVIK_TEXT_(isa) #isa
@@ -8,6 +15,7 @@
 
 namespace kvik {
 namespace {
+#include "append.inc"
 #include "attend.inc"
 #include "linear.inc"
 } // namespace

@@ -35,14 +35,6 @@ class Retention:
         """Rows kept of a text of `tokens` tokens."""
         return tokens if self.window is None else min(tokens, self.window + self.sinks)
 
-    def visible(self, asking: Positions, held: Positions) -> NDArray[np.bool_]:
-        """The mask, made of positions alone: which held rows each asking query sees; the two broadcast."""
-        back = asking - held
-        seen = back >= 0
-        if self.window is not None:
-            seen &= (back < self.window) | (held < self.sinks)
-        return np.asarray(seen)
-
     def live_pages(self, tokens: int, page_size: int) -> list[int]:
         """Which pages (page p holds positions p·N … p·N+N-1) hold a kept row, in order. Rows leave by whole pages:
         moving them would move the tiles that attention is cut into, and the cut would show (law 1).
