@@ -88,6 +88,18 @@ KVIK_INLINE vi madd16(vi acc, vi a, vi b) {
 #endif
 }
 
+// Products of four bytes of codes with four 16-bit integers, exact in 32 bits. Where the machine multiplies bytes the
+// integers are split into (high, low) bytes with sums of their own; else codes are widened to bytes (0, 2) and (1, 3).
+#if defined(__AVX512VNNI__)
+constexpr bool BYTES = true;
+KVIK_INLINE vi madd8(vi acc, vi codes, vi x) { // unsigned codes, signed x
+    return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)codes, (__m512i)x);
+}
+#else
+constexpr bool BYTES = false;
+KVIK_INLINE vi madd8(vi acc, vi, vi) { return acc; }
+#endif
+
 #if defined(__AVX512BF16__)
 constexpr bool DOT_BF16 = true;
 KVIK_INLINE vf dot_bf16(vf acc, vi a, vi b) { return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
@@ -120,22 +132,19 @@ KVIK_INLINE int32_t sum(vi x) {
     return total;
 }
 
-// e^x for x <= 0, off by 2 units in the last place; exactly 0 below -87, NaN for NaN.
-KVIK_INLINE vf exp_(vf x) {
-    const vf y = max(splat(-87.0f), x);
-    const vf n = y * 1.44269504088896341f + 12582912.0f;
-    const vf whole = n - 12582912.0f;
-    vf r = fma(whole, splat(-0.693359375f), y);
-    r = fma(whole, splat(2.12194440e-4f), r);
-    vf p = splat(1.9875691500e-4f);
-    p = fma(p, r, splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    p = fma(p, r * r, r) + 1.0f;
-    const vf result = p * as_float((as_int(n) - 0x4B400000 + 127) << 23);
-    return select(x < -87.0f, vf{}, result);
+// 2^x for x <= 0, off by 1e-07 of itself at most; exactly 0 below -126, NaN for NaN.
+KVIK_INLINE vf exp2_(vf x) {
+    const vf y = max(splat(-126.0f), x);
+    const vf n = y + 12582912.0f;
+    const vf r = y - (n - 12582912.0f); // within half a unit of 0
+    vf p = splat(1.326472721e-03f);
+    p = fma(p, r, splat(9.671512812e-03f));
+    p = fma(p, r, splat(5.550733745e-02f));
+    p = fma(p, r, splat(2.402224208e-01f));
+    p = fma(p, r, splat(6.931469776e-01f));
+    p = fma(p, r, splat(1.0f));
+    const vf result = p * as_float((as_int(n) + 127) << 23);
+    return select(x < -126.0f, vf{}, result);
 }
 
 // Bits of a float rounded to bf16, ties to even, in the high half.
