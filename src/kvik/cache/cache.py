@@ -264,8 +264,8 @@ class Cache:
         for part, positions, layout, rows in found:
             places = torch.from_numpy(np.searchsorted(every, positions))
             mine = torch.arange(heads) if part.heads is None else torch.tensor(part.heads)
-            for name, stored in rows.items():
-                values = unrotated(layout, name, stored)
+            for name, turned in rows.items():
+                values = unrotated(layout, name, turned)
                 empty = values.new_full((heads, len(every), values.shape[-1]), torch.nan)
                 out.setdefault(name, empty)[mine[:, None], places] = values
         return out

@@ -11,11 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-Positions = NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class Retention:

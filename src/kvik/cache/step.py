@@ -1,11 +1,11 @@
 """One chunk of many sequences, through all layers: where rows are written and what each query reads, worked out once.
 
-    with cache.step([(a, [5, 9]), (b, [7])]) as step:      # pages are reserved, or BudgetError and nothing changed
-        for layer in ...:
-            step.append(layer, k=k, v=v)                    # T = 3 rows: a's two, then b's one
-            out = step.attend(layer, q, scale=...)
-                                                            # left normally: the tokens are part of a and b
-                                                            # left by an error: as if it had never been
+with cache.step([(a, [5, 9]), (b, [7])]) as step:      # pages are reserved, or BudgetError and nothing changed
+    for layer in ...:
+        step.append(layer, k=k, v=v)                    # T = 3 rows: a's two, then b's one
+        out = step.attend(layer, q, scale=...)
+                                                        # left normally: the tokens are part of a and b
+                                                        # left by an error: as if it had never been
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from kvik.cache.sequence import Sequence

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from kvik.errors import UsageError
-from kvik.ops import reference
 from kvik.ops import reads as described
+from kvik.ops import reference
 from kvik.ops.layout import RowLayout
 from kvik.ops.reads import Partial, Reads
 
@@ -31,11 +32,9 @@ _FAR = 1 << 60  # a window that hides nothing
 @lru_cache(maxsize=1)
 def _module() -> ModuleType | None:
     try:
-        from kvik import _native  # type: ignore[attr-defined, unused-ignore]
+        return import_module("kvik._native")
     except ImportError:
         return None
-    module: ModuleType = _native
-    return module
 
 
 def built() -> bool:

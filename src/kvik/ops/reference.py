@@ -217,9 +217,7 @@ def _attend(
     shared, tiles, multiple = q.shape[1] // count, read.visible.shape[2] // TILE, row_multiple(q.shape[2], q.device)
     batch, used = count * items, n * shared
     stored = pages.index_select(0, read.pages[lanes].reshape(-1))
-    k, v = (
-        x.reshape(batch * tiles, TILE, -1) for x in paged.decoded(stored, reads.layout, reads.page_size).values()
-    )
+    k, v = (x.reshape(batch * tiles, TILE, -1) for x in paged.decoded(stored, reads.layout, reads.page_size).values())
 
     rows = q.view(items, n, count, shared, -1).permute(2, 0, 1, 3, 4).reshape(batch, used, -1)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, -used % multiple))
