@@ -3,8 +3,9 @@
     python benchmarks/attention.py [--contexts 1024,4096,8192] [--specs bf16,int8,k8v4,int4] [--prefill 2048]
 
 Decode: batch 1, caches swept between repeats; a round measures every spec once, so that noise falls on all; medians;
-beside them the best. GB/s are stored bytes of the rows that are read. The bandwidth is that of a read loop over all threads, measured
-in the same rounds. Prefill: one chunk of a text, its own rows included; 4 · width operations a (query head, row) pair.
+beside them the best of each. GB/s are stored bytes of the rows that are read. The bandwidth is that of a read loop over
+all threads, measured in the same rounds. Prefill: one chunk of a text, its own rows included; 4 · width operations
+a (query head, row) pair.
 """
 
 from __future__ import annotations
