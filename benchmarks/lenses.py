@@ -9,7 +9,7 @@ from torch import Tensor
 
 import kvik
 from kvik.models.watch import Chunk, Watch
-from kvik.ops.reference import Partial
+from kvik.ops.reads import Partial
 
 
 class States(Watch):

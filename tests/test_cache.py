@@ -123,7 +123,7 @@ def test_rows_of_rejected_tokens_never_show(kv, way):
 
 
 @pytest.mark.parametrize("way", ["rejected", "aborted", "forked", "published"])
-def test_rows_of_rejected_tokens_that_are_not_blanked_are_seen(monkeypatch, way):
+def test_rows_of_rejected_tokens_that_are_not_blanked_are_seen(monkeypatch, plain, way):
     monkeypatch.setattr(Table, "stale", property(lambda self: False, lambda self, value: None), raising=False)
     with sees():
         check_no_numbers("f32", way)

@@ -12,10 +12,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from helpers import TOY, VOCAB, Toy, cache_of, over_codecs, over_pages, over_retentions, pages_held, sees, text
 from kvik.cache.arena import Arena
 from kvik.cache.retention import Retention
-from kvik.cache.step import Step
 from kvik.models.config import Config
 from kvik.models.model import Model
 from kvik.ops import codecs, linear, reference
+from kvik.ops import pages as paged
+from kvik.ops.reads import Reads
 
 # 1. Row law: the cut cannot show.
 
@@ -54,16 +55,18 @@ def together(cache, toy, batch):
 @over_pages
 @over_retentions
 @over_codecs
-def test_the_cut_does_not_show(kv, kept, page):
+def test_the_cut_does_not_show(kv, kept, page, ops):
     check_cut(cache_of(kv, kept, page))
 
 
-def test_the_cut_is_seen_where_attention_is_one_product_over_what_is_visible(monkeypatch):
-    def naive(pages, layout, read, lanes, q, *rest):
-        outs, stored = [], pages[read.pages[lanes]].view(lanes.stop, read.items, -1, layout.row_bytes)
+def test_the_cut_is_seen_where_attention_is_one_product_over_what_is_visible(monkeypatch, plain):
+    def naive(pages, reads, read, lanes, q, *rest):
+        stored = paged.decoded(pages[read.pages[lanes]], reads.layout, reads.page_size)
+        every = [x.reshape(lanes.stop, read.items, -1, x.shape[-1]) for x in stored.values()]
+        outs = []
         for item, mask in enumerate(read.visible):
             seen = mask.any(0)
-            k, v = codecs.decode(layout, stored[:, item][:, seen]).values()
+            k, v = (x[:, item][:, seen] for x in every)
             rows = q.view(read.items, read.chunk, lanes.stop, -1, q.shape[-1])[item].permute(1, 2, 0, 3)
             weights = (rows @ k.mT[:, None]).masked_fill(~mask[:, seen], -torch.inf).softmax(-1)
             outs.append((weights @ v[:, None]).permute(2, 0, 1, 3).flatten(1, 2))
@@ -74,7 +77,7 @@ def test_the_cut_is_seen_where_attention_is_one_product_over_what_is_visible(mon
         check_cut(cache_of("f32"))
 
 
-def test_the_cut_is_seen_where_rows_share_a_scale(monkeypatch):
+def test_the_cut_is_seen_where_rows_share_a_scale(monkeypatch, plain):
     def shared(x):
         scale = (x.abs().amax() / 127).to(torch.bfloat16).expand(*x.shape[:-1], 1)
         return (x / scale).round().to(torch.int8).view(torch.uint8), scale.contiguous().view(torch.uint8)
@@ -110,19 +113,18 @@ def check_positions(cache, kept, length=330):
 
 @over_pages
 @pytest.mark.parametrize("kept", [Retention(), Retention(70), Retention(40, 5), Retention(16, 33), Retention(1)])
-def test_dropped_pages_leave_positions_as_they_were(kept, page):
+def test_dropped_pages_leave_positions_as_they_were(kept, page, ops):
     check_positions(cache_of("f32", f"+{kept}", page), kept)
 
 
-def test_slot_numbers_taken_for_positions_are_seen(monkeypatch):
-    honest = Step._pages_of
+def test_slot_numbers_taken_for_positions_are_seen(monkeypatch, plain):
+    honest = reference._pages_of
 
-    def by_slot(self, table, wanted, tiles):
-        pages, logical = honest(self, table, wanted, tiles)
-        columns = np.searchsorted(table.logical, logical)
-        return pages, np.where(logical < 0, logical, columns)
+    def by_slot(*where):
+        pages, logical, columns = honest(*where)
+        return pages, np.where(logical < 0, logical, columns), columns
 
-    monkeypatch.setattr(Step, "_pages_of", by_slot)
+    monkeypatch.setattr(reference, "_pages_of", by_slot)
     with sees():
         check_positions(cache_of("f32", "+window:70"), Retention(70))
 
@@ -148,7 +150,7 @@ def check_free_budget(cache, full):
 @over_pages
 @over_codecs
 @pytest.mark.parametrize("window", [300, 10_000])
-def test_a_budget_that_is_not_reached_changes_nothing(kv, page, window):
+def test_a_budget_that_is_not_reached_changes_nothing(kv, page, window, ops):
     check_free_budget(cache_of(kv, f"+window:{window}", page), cache_of(kv, "", page))
 
 
@@ -216,11 +218,11 @@ def check_neighbours(cache):
 
 @over_pages
 @over_codecs
-def test_a_neighbour_moves_no_bit(kv, page):
+def test_a_neighbour_moves_no_bit(kv, page, ops):
     check_neighbours(cache_of(kv, page=page))
 
 
-def test_a_neighbour_that_shares_a_scale_is_seen(monkeypatch):
+def test_a_neighbour_that_shares_a_scale_is_seen(monkeypatch, plain):
     honest = codecs.hadamard
     monkeypatch.setattr(codecs, "hadamard", lambda x: honest(x) * (1 + x.abs().mean() / 1e6))
     with sees():
@@ -249,11 +251,11 @@ def check_stale(cache):
 
 @over_retentions
 @over_codecs
-def test_stale_bytes_never_show(kv, kept):
+def test_stale_bytes_never_show(kv, kept, ops):
     check_stale(cache_of(kv, kept, shares=False))
 
 
-def test_stale_bytes_of_a_page_that_is_not_blank_are_seen(monkeypatch):
+def test_stale_bytes_of_a_page_that_is_not_blank_are_seen(monkeypatch, plain):
     honest = Arena.take
 
     def take(self, size, count):
@@ -284,18 +286,18 @@ def check_causality(cache):
 def stored(cache, sequence, count):
     table = sequence.tables[0]
     pages = cache.pages(table.group)[torch.from_numpy(table.pages.astype(np.int64))]
-    return pages.view(len(pages), -1, table.group.layout.row_bytes)[:, :count].clone()
+    return paged.packed(pages, table.group.layout, cache.spec.page_size).flatten(1, 2)[:, :count]
 
 
 @over_pages
 @over_retentions
 @over_codecs
-def test_appending_moves_nothing_that_was_before(kv, kept, page):
+def test_appending_moves_nothing_that_was_before(kv, kept, page, ops):
     check_causality(cache_of(kv, kept, page))
 
 
-def test_attention_in_both_directions_is_seen(monkeypatch):
-    monkeypatch.setattr(Retention, "visible", lambda self, asking, held: (asking >= 0) & (held < 1 << 50))
+def test_attention_in_both_directions_is_seen(monkeypatch, plain):
+    monkeypatch.setattr(Reads, "visible", lambda self, asking, held: (asking >= 0) & (held < 1 << 50))
     with sees():
         check_causality(cache_of("f32"))
 
@@ -332,7 +334,7 @@ class Logits:
 @pytest.mark.parametrize("kv", ["bf16", "int4+window:70,sinks:5"])
 @pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_cut_does_not_show_in_a_models_logits(family, weights, kv):
+def test_the_cut_does_not_show_in_a_models_logits(family, weights, kv, ops):
     model = tiny(family, weights)
     check_cut(model.cache(kv, memory=8 << 20), Logits(model))
 

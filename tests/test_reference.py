@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from helpers import Toy, make_cache, sees, shapes, text
 from kvik.ops import reference
-from kvik.ops.reference import TILE, attend, merge, row_multiple
+from kvik.ops.reads import Partial, merge
+from kvik.ops.reference import TILE, row_multiple
 
 DEFAULT = {"softcap": None, "bias": None}
 
@@ -36,7 +37,7 @@ def ours(toy, cache, texts, pieces, **options):
     """Several texts side by side, in pieces: (out, lse, mass by position) of each."""
     sequences, found = [cache.open() for _ in texts], [([], [], []) for _ in texts]
     lanes = len(cache.spec.groups[0].lanes)
-    masses = [torch.zeros(lanes, len(tokens)) for tokens in texts]
+    masses, page = [torch.zeros(lanes, len(tokens)) for tokens in texts], cache.spec.page_size
     at = 0
     for piece in pieces:
         members = [i for i, tokens in enumerate(texts) if tokens[at : at + piece]]
@@ -45,16 +46,14 @@ def ours(toy, cache, texts, pieces, **options):
             q = toy.row("q", 0, step.tokens, step.positions)
             part = step.attend(0, q, scale=0.2, want_lse=True, want_mass=True, **options)
             sizes = [len(chunk) for chunk in step.chunks]
-            owner = torch.tensor([i for i, size in zip(members, sizes, strict=True) for _ in range(size)])
             for i, out, lse in zip(members, part.out.split(sizes), part.lse.split(sizes), strict=True):
                 found[i][0].append(out), found[i][1].append(lse)
-            for read, mass in zip(step._reads[0], part.mass, strict=True):
-                rows = torch.arange(len(owner)) if read.tokens is None else read.tokens
-                for item, i in enumerate(owner[rows].view(read.items, -1)[:, 0].tolist()):
-                    held = read.held[item]
-                    inside = held < len(texts[i])
-                    masses[i].index_add_(1, held[inside], mass[:, item, inside])
-                    assert not mass[:, item, ~inside].any()
+            for i, mass in zip(members, part.mass, strict=True):
+                logical = torch.from_numpy(sequences[i].tables[0].logical.astype("int64"))
+                held = (logical[:, None] * page + torch.arange(page)).flatten()
+                inside = held < len(texts[i])
+                masses[i].index_add_(1, held[inside], mass[:, inside])
+                assert not mass[:, ~inside].any()
         at += piece
         for i in members:
             sequences[i].settle()
@@ -81,14 +80,14 @@ def check_dense(
 @pytest.mark.parametrize("page", [16, 32, 64, 128])
 @pytest.mark.parametrize("shared", [1, 2, 3, 8])
 @pytest.mark.parametrize("width", [16, 40, 64, 80, 128])
-def test_attention_equals_dense_float64(width, shared, page):
+def test_attention_equals_dense_float64(width, shared, page, ops):
     check_dense(width=width, shared=shared, page=page)
 
 
 @pytest.mark.parametrize("kept", ["", "+window:20", "+window:100,sinks:3", "+window:1"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("reach", [None, 1, 17, 500])
-def test_masks_softcap_and_bias_by_distance_equal_dense_float64(kept, softcap, reach):
+def test_masks_softcap_and_bias_by_distance_equal_dense_float64(kept, softcap, reach, ops):
     bias = None if reach is None else torch.randn(4, reach, generator=torch.Generator().manual_seed(1))
     check_dense(kept=kept, softcap=softcap, bias=bias)
 
@@ -111,10 +110,10 @@ def test_any_shape_equals_dense_float64(data):
     )
 
 
-def test_a_mask_that_is_off_by_one_is_seen(monkeypatch):
-    honest = reference.Reads.hidden
+def test_a_mask_that_is_off_by_one_is_seen(monkeypatch, plain):
+    honest = reference.Block.hidden
     shift = lambda self, *sizes: honest(self, *sizes).roll(1, -1)  # noqa: E731
-    monkeypatch.setattr(reference.Reads, "hidden", shift)
+    monkeypatch.setattr(reference.Block, "hidden", shift)
     with sees():
         check_dense()
 
@@ -130,12 +129,12 @@ def check_merge(kv, kept, join):
     toy.run([(s, text(300, i)) for i, s in enumerate(sequences)])
     with cache.step([(s, text(20, i)) for i, s in enumerate(sequences)]) as step:
         toy.append(step, 0)
-        group, q = cache.spec.groups[0], toy.row("q", 0, step.tokens, step.positions)
+        q, plan = toy.row("q", 0, step.tokens, step.positions), step._plans[0]
+        whole_blocks = plan.blocks
 
         def over(chosen):
-            reads = [dataclasses.replace(r, visible=r.visible & chosen(r.held)[:, None]) for r in step._reads[0]]
-            lanes = cache.parts[0][0].lanes
-            return attend(cache.pages(group), group.layout, reads, lanes, q, scale=0.2, want_lse=True)
+            plan.blocks = [dataclasses.replace(b, visible=b.visible & chosen(b.held)[:, None]) for b in whole_blocks]
+            return plan.attend(cache.parts[0][0].lanes, q, scale=0.2, want_lse=True)
 
         whole = over(lambda held: held >= 0)
         for chosen in (
@@ -152,17 +151,17 @@ def check_merge(kv, kept, join):
 
 @pytest.mark.parametrize("kept", ["", "+window:90,sinks:5"])
 @pytest.mark.parametrize("kv", ["f32", "bf16", "int8", "int4", "k8v4"])
-def test_attention_over_parts_merges(kv, kept):
+def test_attention_over_parts_merges(kv, kept, plain):
     check_merge(kv, kept, merge)
 
 
-def test_a_merge_without_weights_is_seen():
+def test_a_merge_without_weights_is_seen(plain):
     with sees():
-        check_merge("f32", "", lambda a, b: reference.Partial((a.out + b.out) / 2, torch.logaddexp(a.lse, b.lse)))
+        check_merge("f32", "", lambda a, b: Partial((a.out + b.out) / 2, torch.logaddexp(a.lse, b.lse)))
 
 
 def test_merging_needs_the_log_sum_exp():
-    part = reference.Partial(torch.zeros(1, 1, 4))
+    part = Partial(torch.zeros(1, 1, 4))
     with pytest.raises(AssertionError, match="want_lse=True"):
         merge(part, part)
 

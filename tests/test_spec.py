@@ -11,6 +11,7 @@ from kvik.cache.retention import Retention
 from kvik.cache.spec import Bytes, LayerShape, Spec
 from kvik.errors import SpecError
 from kvik.ops.layout import CODECS
+from kvik.ops.reads import Reads
 
 LAYERS = shapes(layers=4, heads=2)
 
@@ -117,8 +118,9 @@ def test_every_difference_of_what_is_stored_is_a_difference_of_the_fingerprint()
 def test_a_page_lives_exactly_if_a_later_query_may_see_one_of_its_rows(tokens, window, sinks, page):
     """Or one row more: the one that the window has just left may stay."""
     kept = Retention(window, sinks)
+    reads = Reads(Spec.parse("f32", LAYERS).groups[0].layout, page, window, sinks, ())
     positions = range(tokens)
-    seen = {p // page for p in positions if kept.visible(tokens, p)}
+    seen = {p // page for p in positions if reads.visible(tokens, p)}
     most = {p // page for p in positions if p >= tokens - window or p < sinks}
     live = kept.live_pages(tokens, page)
     assert live == sorted(set(live))

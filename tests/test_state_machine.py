@@ -337,7 +337,7 @@ def test_an_error_in_any_layer_leaves_no_trace(kept, layer):
 def test_an_error_on_the_way_into_a_step_leaves_no_trace(monkeypatch):
     def fail(cache, toy, chunks):
         with monkeypatch.context() as patch:
-            patch.setattr(Step, "_read_of", lambda *_: 1 / 0)
+            patch.setattr(Step, "_reads_of", lambda *_: 1 / 0)
             cache.step(chunks).__enter__()
 
     check_abort(lambda layers: make_cache("f32", layers), fail)

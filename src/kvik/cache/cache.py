@@ -19,7 +19,9 @@ from kvik.cache.sequence import Sequence, Table
 from kvik.cache.spec import TABLE_BYTES, Bytes, Group, Spec
 from kvik.cache.step import Step, parts_of
 from kvik.errors import BudgetError, SequenceError, UsageError
-from kvik.ops.codecs import decode, unrotated
+from kvik.ops import pages as paged
+from kvik.ops.backend import backend
+from kvik.ops.codecs import unrotated
 
 
 class Cache:
@@ -62,6 +64,7 @@ class Cache:
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise UsageError("device 'cuda': torch sees no CUDA device here; use cpu")
+        self.ops = backend(self.device)
         self.shares = shares
         available = memory_available() if self.device.type == "cpu" else _device_memory(self.device)
         budget = available // 2 if memory is None else memory
@@ -205,8 +208,8 @@ class Cache:
             if shared:
                 self._unshare(table)
             if table.stale and used:
-                rows = self.pages(table.group).view(-1, size, table.group.layout.row_bytes)
-                rows[torch.from_numpy(table.pages[:, -1].astype(np.int64)).to(self.device), used:] = 0  # 0 · NaN is NaN
+                last = torch.from_numpy(table.pages[:, -1].astype(np.int64)).to(self.device)
+                paged.blank(self.pages(table.group), table.group.layout, size, last, used)  # 0 · NaN is NaN
             table.stale = False
             if fresh:
                 pages = self.arena.take(page_bytes, lanes * len(fresh)).reshape(lanes, len(fresh))
@@ -252,16 +255,17 @@ class Cache:
             within = positions < len(sequence)
             index = torch.from_numpy(table.pages[part.lanes].astype(np.int64)).to(self.device)
             layout = table.group.layout
-            rows = self.pages(table.group)[index].view(len(index), -1, layout.row_bytes)[:, torch.from_numpy(within)]
+            stored = paged.decoded(self.pages(table.group)[index], layout, size)
+            rows = {name: x.flatten(1, 2)[:, torch.from_numpy(within)] for name, x in stored.items()}
             found.append((part, positions[within], layout, rows))
         every = np.unique(np.concatenate([positions for _, positions, _, _ in found]))
         out = {"positions": torch.from_numpy(every)}
-        heads = sum(len(rows) for *_, rows in found)
+        heads = sum(part.lanes.stop - part.lanes.start for part, *_ in found)
         for part, positions, layout, rows in found:
             places = torch.from_numpy(np.searchsorted(every, positions))
             mine = torch.arange(heads) if part.heads is None else torch.tensor(part.heads)
-            for name, stored in decode(layout, rows).items():
-                values = unrotated(layout, name, stored)
+            for name, turned in rows.items():
+                values = unrotated(layout, name, turned)
                 empty = values.new_full((heads, len(every), values.shape[-1]), torch.nan)
                 out.setdefault(name, empty)[mine[:, None], places] = values
         return out

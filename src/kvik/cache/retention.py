@@ -11,11 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-Positions = NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class Retention:
@@ -34,14 +29,6 @@ class Retention:
     def rows(self, tokens: int) -> int:
         """Rows kept of a text of `tokens` tokens."""
         return tokens if self.window is None else min(tokens, self.window + self.sinks)
-
-    def visible(self, asking: Positions, held: Positions) -> NDArray[np.bool_]:
-        """The mask, made of positions alone: which held rows each asking query sees; the two broadcast."""
-        back = asking - held
-        seen = back >= 0
-        if self.window is not None:
-            seen &= (back < self.window) | (held < self.sinks)
-        return np.asarray(seen)
 
     def live_pages(self, tokens: int, page_size: int) -> list[int]:
         """Which pages (page p holds positions p·N … p·N+N-1) hold a kept row, in order. Rows leave by whole pages:

@@ -182,7 +182,7 @@ class Rule:
             codec = named.get("", named.get(name))
             if codec is None:
                 raise SpecError(f"spec gives no codec for {name!r}; write one codec for all, or add '{name}:int8'")
-            streams.append(Stream(name, width, codec))
+            streams.append(Stream.of(name, width, codec))
         return RowLayout(tuple(streams))
 
     def retained(self, shape: LayerShape) -> Retention:

@@ -1,16 +1,11 @@
 """One chunk of many sequences, through all layers: where rows are written and what each query reads, worked out once.
 
-    with cache.step([(a, [5, 9]), (b, [7])]) as step:      # pages are reserved, or BudgetError and nothing changed
-        for layer in ...:
-            step.append(layer, k=k, v=v)                    # T = 3 rows: a's two, then b's one
-            out = step.attend(layer, q, scale=...)
-                                                            # left normally: the tokens are part of a and b
-                                                            # left by an error: as if it had never been
-
-Worked example, page size N = 32, TILE = 64: a has 70 tokens and appends 2, its window of 20 has dropped page 0.
-    columns      logical [1, 2]            pages 1 (positions 32-63) and 2 (64-95)
-    slots        page(2)·32 + [6, 7]       rows 70 and 71
-    tiles read   0 and 1                   positions 0-63 and 64-127; of tile 0 page 0 is a hole: not visible
+with cache.step([(a, [5, 9]), (b, [7])]) as step:      # pages are reserved, or BudgetError and nothing changed
+    for layer in ...:
+        step.append(layer, k=k, v=v)                    # T = 3 rows: a's two, then b's one
+        out = step.attend(layer, q, scale=...)
+                                                        # left normally: the tokens are part of a and b
+                                                        # left by an error: as if it had never been
 """
 
 from __future__ import annotations
@@ -21,20 +16,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kvik.cache.sequence import Sequence, Table
+from kvik.cache.sequence import Sequence
 from kvik.cache.spec import Group, Spec
 from kvik.errors import SequenceError
-from kvik.ops import reference
-from kvik.ops.reference import QUERY_BLOCK, TILE, Partial, Reads
+from kvik.ops.reads import Member, Partial, Reads
 
 if TYPE_CHECKING:
     from kvik.cache.cache import Cache
-
-_NOWHERE = 1 << 60  # the position of a slot that holds nothing: after every query
 
 
 @dataclass(frozen=True)
@@ -44,17 +34,6 @@ class Part:
     group: int
     lanes: slice
     heads: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A block of one sequence's queries: positions start … stop - 1, tokens first … of the step."""
-
-    member: int
-    first: int
-    start: int
-    stop: int
-    tiles: tuple[int, ...]
 
 
 def parts_of(spec: Spec) -> list[list[Part]]:
@@ -109,10 +88,11 @@ class Step:
         self._used = True
         for sequence in self.sequences:
             sequence._busy = True
-        groups = range(len(self.cache.spec.groups))
         try:
-            self._slots = [self._slots_of(group) for group in groups]
-            self._reads = [self._reads_of(group) for group in groups]
+            self._plans = [
+                self.cache.ops.plan(self.cache.pages(group), self._reads_of(index, group))
+                for index, group in enumerate(self.cache.spec.groups)
+            ]
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -145,10 +125,9 @@ class Step:
         self._check_open(layer)
         for part in self.cache.parts[layer]:
             group = self.cache.spec.groups[part.group]
-            slots = self._slots[part.group][part.lanes].t()
             rows = streams if part.heads is None else {n: x[:, list(part.heads)] for n, x in streams.items()}
-            self._check_rows(layer, group, slots, rows)
-            reference.append(self.cache.pages(group), group.layout, slots, rows)
+            self._check_rows(layer, group, part.lanes.stop - part.lanes.start, rows)
+            self._plans[part.group].append(part.lanes, rows)
         self._done.add(layer)
 
     def attend(
@@ -168,7 +147,7 @@ class Step:
             layer: which; its rows have been appended.
             q: f32 [T, H, width]; query heads in the order of the lanes that they share.
 
-        The other arguments, and the result: `ops.reference.attend`.
+        The other arguments, and the result: `ops.reads.Plan.attend`; masses part by part.
         """
         self._check_open(layer)
         if layer not in self._done:
@@ -177,11 +156,9 @@ class Step:
         shared = q.shape[1] // sum(part.lanes.stop - part.lanes.start for part in parts)
         results = []
         for part in parts:
-            group = self.cache.spec.groups[part.group]
             mine = None if part.heads is None else [h * shared + i for h in part.heads for i in range(shared)]
-            results.append((mine, reference.attend(
-                self.cache.pages(group), group.layout, self._reads[part.group], part.lanes,
-                q if mine is None else q[:, mine], scale=scale, softcap=softcap,
+            results.append((mine, self._plans[part.group].attend(
+                part.lanes, q if mine is None else q[:, mine], scale=scale, softcap=softcap,
                 bias=bias if mine is None or bias is None else bias[mine], want_lse=want_lse, want_mass=want_mass,
             )))  # fmt: skip
         return results[0][1] if results[0][0] is None else _joined(results, q.shape[1])
@@ -202,12 +179,12 @@ class Step:
         if not 0 <= layer < len(self.cache.parts):
             raise SequenceError(f"layer {layer}: the spec has layers 0 to {len(self.cache.parts) - 1}")
 
-    def _check_rows(self, layer: int, group: Group, slots: Tensor, rows: dict[str, Tensor]) -> None:
+    def _check_rows(self, layer: int, group: Group, lanes: int, rows: dict[str, Tensor]) -> None:
         known = [stream.name for stream in group.layout.streams]
         if len(rows) > len(known):
             raise SequenceError(f"layer {layer} keeps {' and '.join(known)}; got {' and '.join(rows)}")
         for stream in group.layout.streams:
-            want = (*slots.shape, stream.width)
+            want = (len(self.tokens), lanes, stream.width)
             if stream.name not in rows or rows[stream.name].shape != want:
                 got = tuple(rows[stream.name].shape) if stream.name in rows else "nothing"
                 raise SequenceError(
@@ -221,59 +198,12 @@ class Step:
                 self.cache.release(table, np.arange(len(table.logical)) < columns)
                 table.stale = True
 
-    def _slots_of(self, group: int) -> Tensor:
-        """int64 [lanes, T]: page · N + slot of every new row."""
-        size, parts = self.cache.spec.page_size, []
+    def _reads_of(self, index: int, group: Group) -> Reads:
+        members = []
         for sequence, start, chunk in zip(self.sequences, self.starts, self.chunks, strict=True):
-            positions = np.arange(start, start + len(chunk))
-            table = sequence.tables[group]
-            columns = np.searchsorted(table.logical, positions // size)
-            parts.append(table.pages[:, columns].astype(np.int64) * size + positions % size)
-        return torch.from_numpy(np.concatenate(parts, axis=1)).to(self.cache.device)
-
-    def _reads_of(self, group: int) -> list[Reads]:
-        """Blocks of queries, those of equal shape together."""
-        retention = self.cache.spec.groups[group].retention
-        shapes: dict[tuple[int, int], list[_Item]] = {}
-        first = 0
-        for member, (start, chunk) in enumerate(zip(self.starts, self.chunks, strict=True)):
-            end = start + len(chunk)
-            for begin in range(start, end, QUERY_BLOCK):
-                stop = min(begin + QUERY_BLOCK, end)
-                last = (stop - 1) // TILE
-                oldest = 0 if retention.window is None else max(begin - retention.window + 1, 0) // TILE
-                sinks = range(min(-(-retention.sinks // TILE), oldest))
-                item = _Item(member, first + begin - start, begin, stop, (*sinks, *range(oldest, last + 1)))
-                tiles = len(item.tiles) if stop - begin > 1 else 1 << (len(item.tiles) - 1).bit_length()
-                shapes.setdefault((stop - begin, tiles), []).append(item)
-            first += len(chunk)
-        return [self._read_of(group, n, tiles, items, first) for (n, tiles), items in shapes.items()]
-
-    def _read_of(self, group: int, n: int, tiles: int, items: list[_Item], total: int) -> Reads:
-        size, device = self.cache.spec.page_size, self.cache.device
-        found = [self._pages_of(self.sequences[item.member].tables[group], item.tiles, tiles) for item in items]
-        pages = np.concatenate([pages for pages, _ in found], axis=1)
-        held = np.stack([logical for _, logical in found])  # [I, S/N]
-        held = np.where(held[..., None] < 0, _NOWHERE, held[..., None] * size + np.arange(size)).reshape(len(items), -1)
-        asking = np.stack([np.arange(item.start, item.stop) for item in items])
-        visible = self.cache.spec.groups[group].retention.visible(asking[:, :, None], held[:, None, :])
-        rows = np.concatenate([np.arange(item.first, item.first + n) for item in items])
-        whole = len(rows) == total and bool((rows == np.arange(total)).all())
-        tensors = [torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in (pages, visible, asking, held)]
-        return Reads(None if whole else torch.from_numpy(rows).to(device), n, *tensors)
-
-    def _pages_of(
-        self, table: Table, wanted: tuple[int, ...], tiles: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Pages [lanes, tiles · TILE/N] and their logical numbers [tiles · TILE/N], -1 where there is a hole."""
-        each = TILE // self.cache.spec.page_size
-        logical = np.full(tiles * each, -1, np.int64)
-        logical[: len(wanted) * each] = (np.array(wanted)[:, None] * each + np.arange(each)).reshape(-1)
-        columns = np.searchsorted(table.logical, logical)
-        columns[columns == len(table.logical)] = 0
-        logical[table.logical[columns] != logical] = -1
-        columns[logical < 0] = 0
-        return table.pages[:, columns].astype(np.int64), logical
+            table = sequence.tables[index]
+            members.append(Member(table.pages, table.logical, start, len(chunk)))
+        return Reads(group.layout, group.page_size, group.retention.window, group.retention.sinks, tuple(members))
 
 
 def _joined(results: list[tuple[list[int] | None, Partial]], heads: int) -> Partial:

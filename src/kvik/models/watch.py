@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from kvik.ops.reference import Partial
+from kvik.ops.reads import Partial
 
 
 class Chunk(Protocol):

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvik.ops.layout import Codec, RowLayout
+from kvik.ops.layout import RowLayout, Stream
 
 _FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _F16_MAX = 65504.0
@@ -49,16 +49,9 @@ def encode(layout: RowLayout, rows: Mapping[str, Tensor]) -> Tensor:
     Returns:
         uint8 [… row_bytes].
     """
-    first = layout.streams[0]
-    if layout.uniform:
-        stacked = torch.stack([rows[s.name] for s in layout.streams], dim=-2)
-        codes, scales = _encode_stream(first.codec, stacked)
-        parts = [codes.flatten(-2)] if scales is None else [codes.flatten(-2), scales.flatten(-2)]
-    else:
-        encoded = [_encode_stream(s.codec, rows[s.name]) for s in layout.streams]
-        parts = [codes for codes, _ in encoded] + [scales for _, scales in encoded if scales is not None]
-        parts = _aligned(layout, parts)
-    packed = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    encoded = [encode_stream(s, rows[s.name]) for s in layout.streams]
+    parts = [codes for codes, _ in encoded] + [scales for _, scales in encoded if scales is not None]
+    packed = torch.cat(parts, dim=-1)
     missing = layout.row_bytes - packed.shape[-1]
     return torch.nn.functional.pad(packed, (0, missing)) if missing else packed
 
@@ -71,35 +64,29 @@ def decode(layout: RowLayout, packed: Tensor) -> dict[str, Tensor]:
         packed: uint8 [… row_bytes].
 
     Returns:
-        f32 [… W] by stream; streams of one codec and width are views of one tensor.
+        f32 [… W] by stream.
     """
-    first, count = layout.streams[0], len(layout.streams)
-    if layout.uniform:
-        start, scales_at = layout.offsets[first.name]
-        codes = packed[..., start : start + count * first.codec.code_bytes(first.width)]
-        scales = packed[..., scales_at : scales_at + count * first.codec.scale_bytes(first.width)]
-        values = _decode_stream(
-            first.codec, first.width, torch.unflatten(codes, -1, (count, -1)), torch.unflatten(scales, -1, (count, -1))
-        )
-        return {stream.name: x for stream, x in zip(layout.streams, values.unbind(-2), strict=True)}
     out = {}
     for stream in layout.streams:
         start, scales_at = layout.offsets[stream.name]
-        codes = packed[..., start : start + stream.codec.code_bytes(stream.width)]
+        codes = packed[..., start : start + stream.code_bytes]
         scales = packed[..., scales_at : scales_at + stream.codec.scale_bytes(stream.width)]
-        out[stream.name] = _decode_stream(stream.codec, stream.width, codes, scales)
+        out[stream.name] = decode_stream(stream, codes.contiguous(), scales.contiguous())
     return out
 
 
-def _decode_stream(codec: Codec, width: int, codes: Tensor, scales: Tensor) -> Tensor:
-    """(codes uint8 [… B], scales uint8 [… B]) → f32 [… W]."""
+def decode_stream(stream: Stream, codes: Tensor, scales: Tensor) -> Tensor:
+    """(codes uint8 [… B], scales uint8 [… 2·groups]) → f32 [… W]; both contiguous."""
+    codec, width = stream.codec, stream.width
     if codec.name in _FLOATS:
-        return codes.view(_FLOATS[codec.name]).to(torch.float32)
+        return codes.view(_FLOATS[codec.name])[..., :width].to(torch.float32)
     scale = scales.view(torch.bfloat16).to(torch.float32)
     if codec.bits == 8:
-        return codes.view(torch.int8) * scale
-    halves = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :width]
-    grouped = torch.unflatten(halves.to(torch.float32) - 8.0, -1, (scale.shape[-1], -1))
+        return codes[..., :width].view(torch.int8) * scale
+    half = -(-width // 2)
+    codes = codes[..., :half]
+    values = torch.cat((codes & 15, (codes >> 4)[..., : width - half]), dim=-1).to(torch.float32) - 8.0
+    grouped = torch.unflatten(values, -1, (scale.shape[-1], -1))
     return (grouped * scale.unsqueeze(-1)).flatten(-2)
 
 
@@ -108,16 +95,20 @@ def unrotated(layout: RowLayout, name: str, values: Tensor) -> Tensor:
     return hadamard(values) if next(s for s in layout.streams if s.name == name).codec.rotated else values
 
 
-def _encode_stream(codec: Codec, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """[… W] → (codes uint8 [… B], scales uint8 [… B] or None)."""
+def encode_stream(stream: Stream, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[… W] → (codes uint8 [… B], padded to whole granules; scales uint8 [… 2·groups] or None)."""
+    codec = stream.codec
     if codec.name == "f16":
         x = x.clamp(-_F16_MAX, _F16_MAX)  # an infinity would poison rows that only mask it
     if codec.name in _FLOATS:
-        return x.contiguous().to(_FLOATS[codec.name]).view(torch.uint8), None
-    x = x.to(torch.float32)
-    if codec.rotated:
-        x = hadamard(x)
-    return _int8(x) if codec.bits == 8 else _int4(x, codec.group_of(x.shape[-1]))
+        codes, scales = x.contiguous().to(_FLOATS[codec.name]).view(torch.uint8), None
+    else:
+        x = x.to(torch.float32)
+        if codec.rotated:
+            x = hadamard(x)
+        codes, scales = _int8(x) if codec.bits == 8 else _int4(x, codec.group_of(x.shape[-1]))
+    missing = stream.code_bytes - codes.shape[-1]
+    return torch.nn.functional.pad(codes, (0, missing)) if missing else codes, scales
 
 
 def _int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +135,7 @@ def _int4(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
         scale = torch.where(scale == 0, _TINY, scale)
         wide = scale.to(torch.float32)
         codes = (grouped / wide).round().clamp(-8, 7)
-        error = (codes * wide - grouped).square().sum(dim=-1, keepdim=True)
+        error = _sum((codes * wide - grouped).square())
         if best_codes is None or best_scale is None or best_error is None:
             best_codes, best_scale, best_error = codes, scale, error
         else:
@@ -154,18 +145,18 @@ def _int4(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
             best_error = torch.where(better, error, best_error)
     assert best_codes is not None and best_scale is not None, "there is at least one candidate"
     codes = (best_codes.flatten(-2) + 8).to(torch.uint8)
+    half = -(-codes.shape[-1] // 2)
+    low, high = codes[..., :half], codes[..., half:]
     if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., 0::2] | codes[..., 1::2] << 4, best_scale.flatten(-2).view(torch.uint8)
+        high = torch.nn.functional.pad(high, (0, 1))
+    return low | high << 4, best_scale.flatten(-2).view(torch.uint8)
 
 
-def _aligned(layout: RowLayout, parts: list[Tensor]) -> list[Tensor]:
-    """Pads each stream's codes to where the next one starts."""
-    starts = [*[layout.offsets[s.name][0] for s in layout.streams][1:], layout.offsets[layout.streams[0].name][1]]
-    position, out = 0, []
-    for index, part in enumerate(parts):
-        end = starts[index] if index < len(starts) else position + part.shape[-1]
-        gap = end - position - part.shape[-1]
-        out.append(torch.nn.functional.pad(part, (0, gap)) if gap else part)
-        position = end
-    return out
+def _sum(x: Tensor) -> Tensor:
+    """[… n] → [… 1], in one fixed order: the second half is added to the first until one is left, so that any
+    implementation gives the same bits."""
+    while x.shape[-1] > 1:
+        half = -(-x.shape[-1] // 2)
+        rest = x[..., half:]
+        x = x[..., :half] + (rest if rest.shape[-1] == half else torch.nn.functional.pad(rest, (0, 1)))
+    return x

@@ -1,9 +1,19 @@
-"""How a row's bytes are laid out: plain arithmetic, no tensors, so that planning needs no torch.
+"""How rows and pages are laid out: plain arithmetic, no tensors, so that planning needs no torch.
 
-A page is N rows, one after another. A row is its streams' codes, in the order of the streams, then their scales:
+A row by itself is its streams' codes, each padded to 4 bytes, in the order of the streams, then their scales:
 
     int8, head 64:   | k: 64 codes | v: 64 codes | k: 1 scale | v: 1 scale |   = 132 bytes
     k8v4, head 64:   | k: 64 codes | v: 32 bytes | k: 1 scale | v: 2 scales |  = 102 bytes
+
+A page holds N rows in the same bytes, section by section, so that each section starts at N times its place in a row.
+Inside a section rows are interleaved in granules of 4 bytes, so that one 64-byte load serves 16 rows or 16 channels and
+the instructions for short dot products find their operands side by side:
+
+    read by dot products (k)    [code bytes / 4][N][4]                  a granule: 4 bytes of one row
+    mixed by weights (v)        [N / r][codes][r], r = 4 / code size    a granule: r rows' codes of one channel
+    scales                      [groups][N], bf16
+
+A 4-bit byte j holds channels j (low half) and j + ceil(W / 2) (high half): a mask gives neighbouring channels.
 
 Only `ops` reads or writes these bytes. Scales are bf16: it has f32's range, so that no row is too small or too large
 for it, and the codes are computed against the rounded scale, so that its rounding costs no accuracy.
@@ -14,8 +24,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 SCALE_BYTES = 2
+GRANULE = 4  # bytes that stay together in a page
 
 
 @dataclass(frozen=True)
@@ -68,11 +80,36 @@ CODECS: dict[str, Codec] = {
 
 @dataclass(frozen=True)
 class Stream:
-    """One named part of a row: `k` or `v`, `latent`, `rope`, `x`."""
+    """One named part of a row: `k` or `v`, `latent`, `rope`, `x`.
+
+    Attributes:
+        by: how it is read, by dot products with a query or mixed by weights; decides how it lies in a page.
+    """
 
     name: str
     width: int
     codec: Codec
+    by: Literal["dot", "mix"]
+
+    @classmethod
+    def of(cls, name: str, width: int, codec: Codec) -> Stream:
+        """Values (`v`) are mixed, everything else is read by dot products."""
+        return cls(name, width, codec, "mix" if name == "v" else "dot")
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of one row's codes as they lie in a page: whole granules."""
+        return -(-self.codec.code_bytes(self.width) // GRANULE) * GRANULE
+
+    @property
+    def groups(self) -> int:
+        """Scales a row; 0 for the floats."""
+        return self.codec.scale_bytes(self.width) // SCALE_BYTES
+
+    @property
+    def element(self) -> int:
+        """Bytes of a granule that are one row's: all 4 for dot products, one code (or pair of 4-bit codes) to mix."""
+        return GRANULE if self.by == "dot" else max(self.codec.bits // 8, 1)
 
 
 @dataclass(frozen=True)
@@ -88,15 +125,15 @@ class RowLayout:
     @classmethod
     def of(cls, *streams: tuple[str, int, Codec]) -> RowLayout:
         """A layout from (name, width, codec) triples."""
-        return cls(tuple(Stream(*stream) for stream in streams))
+        return cls(tuple(Stream.of(*stream) for stream in streams))
 
     @cached_property
     def offsets(self) -> dict[str, tuple[int, int]]:
-        """For each stream, the byte at which its codes start and the byte at which its scales start."""
+        """For each stream, the byte of a row at which its codes start and the byte at which its scales start."""
         codes, position = [], 0
         for stream in self.streams:
             codes.append(position)
-            position += self._aligned(stream.codec.code_bytes(stream.width))
+            position += stream.code_bytes
         out = {}
         for stream, start in zip(self.streams, codes, strict=True):
             out[stream.name] = (start, position)
@@ -106,24 +143,14 @@ class RowLayout:
     @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row, scales and alignment included."""
-        codes = sum(self._aligned(s.codec.code_bytes(s.width)) for s in self.streams)
-        return self._aligned(codes + sum(s.codec.scale_bytes(s.width) for s in self.streams))
-
-    @cached_property
-    def uniform(self) -> bool:
-        """Whether all streams have one codec and width, and lie without gaps: one pass serves them all."""
-        first = self.streams[0]
-        whole = first.codec.code_bytes(first.width) == self._aligned(first.codec.code_bytes(first.width))
-        return whole and all((s.codec, s.width) == (first.codec, first.width) for s in self.streams)
+        unit = 4 if any(s.codec.bits == 32 for s in self.streams) else 2
+        total = sum(s.code_bytes + s.codec.scale_bytes(s.width) for s in self.streams)
+        return -(-total // unit) * unit
 
     @cached_property
     def payload_bits(self) -> int:
         """Bits of one row by the formula: codes alone."""
         return sum(s.codec.bits * s.width for s in self.streams)
-
-    def _aligned(self, count: int) -> int:
-        unit = 4 if any(s.codec.bits == 32 for s in self.streams) else 2
-        return -(-count // unit) * unit
 
 
 def nearest_codec(name: str, known: Sequence[str] = tuple(CODECS)) -> str:

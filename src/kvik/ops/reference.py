@@ -1,4 +1,4 @@
-"""Append and attend in plain torch, on any device: the specification that every faster kernel must equal.
+"""Append, attend and compact in plain torch, on any device: the specification that every faster kernel must equal.
 
 **The cut cannot show.** A query's result is a function of its position and the rows it may see, bit for bit, however a
 text is cut into chunks, batches and pages, because
@@ -9,9 +9,14 @@ text is cut into chunks, batches and pages, because
   `row_multiple` finds it by trying;
 - tiles merge in order, one addition at a time, and a tile in which nothing is seen merges as exactly nothing.
 
-Legend: T tokens of the step, H query heads, L lanes (KV heads), G = H / L queries that share a lane, I items of one
-`Reads`, n tokens of an item, S slots of an item (a multiple of TILE), C = S / TILE tiles, M = n·G padded to a multiple,
-D width of keys, E width of values.
+Worked example, page size N = 32, TILE = 64: a text has 70 tokens and appends 2, its window of 20 has dropped page 0.
+    columns      logical [1, 2]            pages 1 (positions 32-63) and 2 (64-95)
+    slots        page(2)·32 + [6, 7]       rows 70 and 71
+    tiles read   0 and 1                   positions 0-63 and 64-127; of tile 0 page 0 is a hole: not visible
+
+Legend: T tokens of the step, H query heads, L lanes (KV heads), G = H / L queries that share a lane, I items (blocks of
+one sequence's queries) of equal shape, n tokens of an item, S slots of an item (a multiple of TILE), C = S / TILE
+tiles, M = n·G padded to a multiple, D width of keys, E width of values.
 """
 
 from __future__ import annotations
@@ -20,20 +25,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik.errors import KvikError
-from kvik.ops.codecs import decode, encode, hadamard
+from kvik.ops import pages as paged
+from kvik.ops.codecs import hadamard
 from kvik.ops.layout import RowLayout
+from kvik.ops.reads import Member, Partial, Reads
 
 TILE = 128  # slots; a multiple of every page size
 QUERY_BLOCK = 64  # tokens of one sequence that are attended at once: bounds the scores' memory, not the result
 UNSEEN = -1e30  # finite, so that a tile in which nothing is seen gives weights of exactly 0 and never a NaN
+_NOWHERE = 1 << 60  # the position of a slot that holds nothing: after every query
 
 
 @dataclass(frozen=True)
-class Reads:
+class Block:
     """Which slots the queries of some items read: items of equal shape, so that one call serves them all.
 
     Attributes:
@@ -43,6 +53,8 @@ class Reads:
         visible: bool [I, n, S].
         asking: int64 [I, n], positions of the queries.
         held: int64 [I, S], positions of the slots; beyond every query's where nothing is held.
+        members: int64 [I], whose they are.
+        places: int64 [I, S], slots in the members' tables; 0 where nothing is held.
     """
 
     tokens: Tensor | None
@@ -51,6 +63,8 @@ class Reads:
     visible: Tensor
     asking: Tensor
     held: Tensor
+    members: Tensor
+    places: Tensor
     _hidden: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -68,88 +82,129 @@ class Reads:
         return self._hidden[shared]
 
 
+class Plan:
+    """See `ops.reads.Plan`."""
+
+    def __init__(self, pages: Tensor, reads: Reads) -> None:
+        self.pages = pages
+        self.reads = reads
+        self.slots = torch.from_numpy(reads.slots()).to(pages.device)
+        self.blocks = _blocks(reads, pages.device)
+
+    def append(self, lanes: slice, rows: Mapping[str, Tensor]) -> None:
+        """See `ops.reads.Plan.append`."""
+        flat = {name: x.flatten(0, 1) for name, x in rows.items()}
+        paged.write(self.pages, self.reads.layout, self.reads.page_size, self.slots[lanes].t().reshape(-1), flat)
+
+    def attend(
+        self,
+        lanes: slice,
+        q: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        want_lse: bool = False,
+        want_mass: bool = False,
+    ) -> Partial:
+        """See `ops.reads.Plan.attend`."""
+        key, value = self.reads.layout.streams
+        heads, count = q.shape[1], lanes.stop - lanes.start
+        q = (hadamard(q) if key.codec.rotated else q) * scale
+        out = q.new_empty((q.shape[0], heads, value.width))
+        lse = q.new_empty((q.shape[0], heads)) if want_lse else None
+        masses = [q.new_zeros((count, m.pages.shape[1] * self.reads.page_size)) for m in self.reads.members]
+        for block in self.blocks:
+            tokens = slice(None) if block.tokens is None else block.tokens
+            item_bias = None if bias is None else _bias(bias, block, count)
+            part, found, mass = _attend(
+                self.pages, self.reads, block, lanes, q[tokens], softcap, item_bias, want_lse, want_mass
+            )
+            out[tokens] = hadamard(part) if value.codec.rotated else part
+            if lse is not None and found is not None:
+                lse[tokens] = found
+            if mass is not None:
+                for i, member in enumerate(block.members.tolist()):
+                    masses[member].index_add_(1, block.places[i], mass[:, i])
+        return Partial(out, lse, tuple(masses) if want_mass else None)
+
+
+def plan(pages: Tensor, reads: Reads) -> Plan:
+    """See `ops.reads.Backend.plan`."""
+    return Plan(pages, reads)
+
+
+def compact(pages: Tensor, layout: RowLayout, size: int, source: Tensor, target: Tensor) -> None:
+    """See `ops.reads.Backend.compact`."""
+    paged.move(pages, layout, size, source, target)
+
+
 @dataclass(frozen=True)
-class Partial:
-    """Attention over some of the rows, ready to be merged with attention over others.
+class _Item:
+    """A block of one sequence's queries: positions start … stop - 1, tokens first … of the step."""
 
-    Attributes:
-        out: [T, H, E].
-        lse: log Σ exp(score), [T, H]; None unless asked for.
-        mass: weight that each slot received, summed over the queries that share its lane, one [L, I, S] for each
-            Reads; None unless asked for.
-    """
-
-    out: Tensor
-    lse: Tensor | None = None
-    mass: tuple[Tensor, ...] | None = None
+    member: int
+    first: int
+    start: int
+    stop: int
+    tiles: tuple[int, ...]
 
 
-def append(pages: Tensor, layout: RowLayout, slots: Tensor, rows: Mapping[str, Tensor]) -> None:
-    """Encodes rows, each by itself, and writes them where they belong.
+def _blocks(reads: Reads, device: torch.device) -> list[Block]:
+    """Blocks of queries, those of equal shape together."""
+    shapes: dict[tuple[int, int], list[_Item]] = {}
+    first = 0
+    for number, member in enumerate(reads.members):
+        start, end = member.start, member.start + member.count
+        for begin in range(start, end, QUERY_BLOCK):
+            stop = min(begin + QUERY_BLOCK, end)
+            last = (stop - 1) // TILE
+            oldest = 0 if reads.window is None else max(begin - reads.window + 1, 0) // TILE
+            sinks = range(min(-(-reads.sinks // TILE), oldest))
+            item = _Item(number, first + begin - start, begin, stop, (*sinks, *range(oldest, last + 1)))
+            tiles = len(item.tiles) if stop - begin > 1 else 1 << (len(item.tiles) - 1).bit_length()
+            shapes.setdefault((stop - begin, tiles), []).append(item)
+        first += member.count
+    return [_block(reads, n, tiles, items, device) for (n, tiles), items in shapes.items()]
 
-    Args:
-        pages: uint8 [pages, page bytes]; modified.
-        layout: how a row is laid out.
-        slots: int64 [T, L], page · N + slot of each row.
-        rows: f32 [T, L, W] for each stream.
-    """
-    flat = pages.view(-1, layout.row_bytes)
-    flat[slots.reshape(-1)] = encode(layout, rows).view(-1, layout.row_bytes)
+
+def _block(reads: Reads, n: int, tiles: int, items: list[_Item], device: torch.device) -> Block:
+    size = reads.page_size
+    found = [_pages_of(reads.members[item.member], size, item.tiles, tiles) for item in items]
+    pages = np.concatenate([pages for pages, _, _ in found], axis=1)
+    logical = np.stack([logical for _, logical, _ in found])  # [I, S/N]
+    columns = np.stack([columns for _, _, columns in found])
+    within = np.arange(size)
+    held = np.where(logical[..., None] < 0, _NOWHERE, logical[..., None] * size + within).reshape(len(items), -1)
+    places = np.where(logical[..., None] < 0, 0, columns[..., None] * size + within).reshape(len(items), -1)
+    asking = np.stack([np.arange(item.start, item.stop) for item in items])
+    visible = reads.visible(asking[:, :, None], held[:, None, :])
+    rows = np.concatenate([np.arange(item.first, item.first + n) for item in items])
+    whole = len(rows) == reads.tokens and bool((rows == np.arange(len(rows))).all())
+    members = np.array([item.member for item in items])
+    arrays = (pages, visible, asking, held, members, places)
+    tensors = [torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in arrays]
+    return Block(None if whole else torch.from_numpy(rows).to(device), n, *tensors)
 
 
-def attend(
-    pages: Tensor,
-    layout: RowLayout,
-    reads: list[Reads],
-    lanes: slice,
-    q: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    bias: Tensor | None = None,
-    want_lse: bool = False,
-    want_mass: bool = False,
-) -> Partial:
-    """Attention of every query over the stored form of the rows that it sees, its own included.
-
-    Args:
-        pages: uint8 [pages, page bytes].
-        layout: how a row is laid out; streams `k` and `v`.
-        reads: who reads which pages. Their tokens together are all T.
-        lanes: the rows of `Reads.pages` that q's heads read.
-        q: f32 [T, H, D]; head h reads lane h // G.
-        scale: of the scores.
-        softcap: scores become softcap · tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
-        bias: f32 [H, R], added to the score of a row that lies r positions back; the last column serves all further
-            ones (ALiBi, arXiv:2108.12409; T5, arXiv:1910.10683).
-        want_lse: also return the log-sum-exp.
-        want_mass: also return the attention mass.
-    """
-    key, value = layout.streams
-    heads, count = q.shape[1], lanes.stop - lanes.start
-    q = (hadamard(q) if key.codec.rotated else q) * scale
-    parts = []
-    for read in reads:
-        chosen = q if read.tokens is None else q[read.tokens]
-        item_bias = None if bias is None else _bias(bias, read, count)
-        part, lse, mass = _attend(pages, layout, read, lanes, chosen, softcap, item_bias, want_lse, want_mass)
-        parts.append((hadamard(part) if value.codec.rotated else part, lse, mass))
-    masses = tuple(mass for *_, mass in parts if mass is not None) if want_mass else None
-    if reads[0].tokens is None:
-        return Partial(parts[0][0], parts[0][1], masses)
-    out = q.new_empty((q.shape[0], heads, value.width))
-    joined = q.new_empty((q.shape[0], heads)) if want_lse else None
-    for read, (part, lse, _) in zip(reads, parts, strict=True):
-        out[read.tokens] = part
-        if joined is not None and lse is not None:
-            joined[read.tokens] = lse
-    return Partial(out, joined, masses)
+def _pages_of(
+    member: Member, size: int, wanted: tuple[int, ...], tiles: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Pages [lanes, tiles · TILE/N], their logical numbers [tiles · TILE/N], -1 where there is a hole, and columns."""
+    each = TILE // size
+    logical = np.full(tiles * each, -1, np.int64)
+    logical[: len(wanted) * each] = (np.array(wanted)[:, None] * each + np.arange(each)).reshape(-1)
+    columns = np.searchsorted(member.logical, logical)
+    columns[columns == len(member.logical)] = 0
+    logical[member.logical[columns] != logical] = -1
+    columns[logical < 0] = 0
+    return member.pages[:, columns].astype(np.int64), logical, columns
 
 
 def _attend(
     pages: Tensor,
-    layout: RowLayout,
-    read: Reads,
+    reads: Reads,
+    read: Block,
     lanes: slice,
     q: Tensor,
     softcap: float | None,
@@ -157,12 +212,12 @@ def _attend(
     want_lse: bool,
     want_mass: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One Reads: q [I·n, H, D] → out [I·n, H, E], lse [I·n, H], mass [L, I, S]."""
+    """One Block: q [I·n, H, D] → out [I·n, H, E], lse [I·n, H], mass [L, I, S]."""
     count, items, n = lanes.stop - lanes.start, read.items, read.chunk
     shared, tiles, multiple = q.shape[1] // count, read.visible.shape[2] // TILE, row_multiple(q.shape[2], q.device)
     batch, used = count * items, n * shared
-    stored = pages.index_select(0, read.pages[lanes].reshape(-1)).view(batch * tiles, TILE, layout.row_bytes)
-    k, v = decode(layout, stored).values()
+    stored = pages.index_select(0, read.pages[lanes].reshape(-1))
+    k, v = (x.reshape(batch * tiles, TILE, -1) for x in paged.decoded(stored, reads.layout, reads.page_size).values())
 
     rows = q.view(items, n, count, shared, -1).permute(2, 0, 1, 3, 4).reshape(batch, used, -1)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, -used % multiple))
@@ -210,22 +265,11 @@ def _by_token(x: Tensor, count: int, items: int, n: int, shared: int) -> Tensor:
     return x.permute(1, 2, 0, 3, 4).reshape(items * n, count * shared, -1)
 
 
-def _bias(bias: Tensor, read: Reads, count: int) -> Tensor:
+def _bias(bias: Tensor, read: Block, count: int) -> Tensor:
     """[H, R] by distance → [L, I, n, G, S] by slot."""
     back = read.asking.unsqueeze(-1) - read.held.unsqueeze(1)
     table = bias[:, back.clamp(0, bias.shape[1] - 1)]  # [H, I, n, S]
     return torch.unflatten(table, 0, (count, -1)).permute(0, 2, 3, 1, 4)
-
-
-def merge(a: Partial, b: Partial) -> Partial:
-    """Attention over both parts' rows, from attention over each (flashinfer's cascade; arXiv:2501.01005).
-
-    Both need their `lse`. A part in which a query saw nothing has lse ≤ UNSEEN and weighs nothing.
-    """
-    assert a.lse is not None and b.lse is not None, "merge needs log-sum-exp: attend(..., want_lse=True)"
-    lse = torch.logaddexp(a.lse, b.lse)
-    out = a.out * (a.lse - lse).exp().unsqueeze(-1) + b.out * (b.lse - lse).exp().unsqueeze(-1)
-    return Partial(out, lse)
 
 
 @lru_cache(maxsize=64)

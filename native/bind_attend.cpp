@@ -1,0 +1,64 @@
+// What Python sees of plan.h. A layout comes as integers, in the order of `ops/native.py`.
+#include <chrono>
+
+#include "bind.h"
+#include "plan.h"
+
+using Integers = std::vector<int64_t>;
+
+namespace {
+
+template <class T> T *at(int64_t address) { return reinterpret_cast<T *>(address); }
+
+kvik::Stream stream(const Integers &x, size_t i) {
+    return {kvik::Kind(x[i]), bool(x[i + 1]), bool(x[i + 2]), int(x[i + 3]), int(x[i + 4]), int(x[i + 5]), x[i + 6], x[i + 7]};
+}
+
+kvik::Form form(const Integers &x) { return {int(x[0]), x[1], stream(x, 2), stream(x, 10)}; }
+
+// Bytes a second, read by all threads: the bound of everything that streams.
+double bandwidth(int64_t address, int64_t bytes, int repeats) {
+    const int64_t shares = kvik::threads() * 4, each = bytes / shares / 64 * 64;
+    std::vector<uint64_t> sums(shares * 8);
+    double best = 0;
+    for (int r = 0; r < repeats; ++r) {
+        const auto start = std::chrono::steady_clock::now();
+        kvik::parallel(shares, [&](int64_t share) {
+            sums[share * 8] = kvik::kernels().attend.read(at<uint8_t>(address) + share * each, each);
+        });
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        best = std::max(best, double(each * shares) / took.count());
+    }
+    return best;
+}
+
+} // namespace
+
+void bind_attend(nb::module_ &m) {
+    nb::class_<kvik::Plan>(m, "Plan")
+        .def("__init__",
+             [](kvik::Plan *self, int64_t pages, const Integers &layout, int64_t window, int64_t sinks,
+                const Integers &members) {
+                 std::vector<kvik::Member> all;
+                 for (size_t i = 0; i < members.size(); i += 5)
+                     all.push_back({at<int32_t>(members[i]), at<int32_t>(members[i + 1]), members[i + 2],
+                                    members[i + 3], members[i + 4]});
+                 new (self) kvik::Plan(at<uint8_t>(pages), form(layout), window, sinks, std::move(all));
+             })
+        .def("append",
+             [](const kvik::Plan &self, int first, int lanes, int64_t k, int64_t k_token, int64_t k_lane, int64_t v,
+                int64_t v_token, int64_t v_lane) {
+                 nb::gil_scoped_release free;
+                 self.append(first, lanes, {at<float>(k), k_token, k_lane}, {at<float>(v), v_token, v_lane});
+             })
+        .def("attend", [](const kvik::Plan &self, int first, int lanes, int shared, int64_t q, int64_t q_token,
+                          float scale, float softcap, int64_t bias, int64_t reach, int64_t out, int64_t lse) {
+            nb::gil_scoped_release free;
+            self.attend(first, lanes, shared, at<float>(q), q_token, {scale, softcap, at<float>(bias), reach},
+                        at<float>(out), at<float>(lse));
+        });
+    m.def("compact", [](int64_t pages, const Integers &layout, int64_t source, int64_t target, int64_t count) {
+        kvik::compact(at<uint8_t>(pages), form(layout), at<int64_t>(source), at<int64_t>(target), count);
+    });
+    m.def("bandwidth", &bandwidth, nb::arg("address"), nb::arg("bytes"), nb::arg("repeats"), nb::call_guard<nb::gil_scoped_release>());
+}

@@ -1,0 +1,4 @@
+// What Python sees of linear.h.
+#include "bind.h"
+
+void bind_linear(nb::module_ &) {}

@@ -1,0 +1,150 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+
+#include "dispatch.h"
+#include "pool.h"
+
+namespace kvik {
+namespace {
+
+constexpr int ROWS = 96;      // query rows of a block, about: enough to pay for reading a tile, few enough for L2
+constexpr int SHARES = 4;     // tasks a thread, at least, so that a slow one does not hold up the others
+constexpr int APPENDED = 128; // rows of a task
+
+// A block's tiles, divided over tasks. The last task to end merges them.
+struct Work {
+    Block block;
+    int tasks;
+    int64_t parts; // where its parts begin, in floats; -1: one task, which needs none
+};
+
+} // namespace
+
+Block Plan::block(const Member &member, int64_t, int lane, int64_t at, int queries) const {
+    Block b{};
+    b.form = &form_, b.pages = pages_;
+    b.table = member.pages + lane * member.columns, b.logical = member.logical, b.columns = member.columns;
+    b.window = window_, b.sinks = sinks_;
+    b.start = member.start + at, b.queries = queries;
+    return b;
+}
+
+void Plan::append(int first, int lanes, const Rows &k, const Rows &v) const {
+    struct Run {
+        const Member *member;
+        int64_t token, from, to;
+    };
+    std::vector<Run> runs;
+    int64_t token = 0;
+    const int64_t each = std::max(1, APPENDED / lanes);
+    for (const Member &member : members_) {
+        for (int64_t from = 0; from < member.count; from += each)
+            runs.push_back({&member, token, from, std::min(from + each, member.count)});
+        token += member.count;
+    }
+    const auto &kernels = kvik::kernels().attend;
+    const int size = form_.page_size;
+    const auto write = [&](int64_t task) {
+        const Run &run = runs[task];
+        const Member &m = *run.member;
+        for (int64_t i = run.from; i < run.to; ++i) {
+            const int64_t position = m.start + i, page = position / size;
+            const int64_t column = std::lower_bound(m.logical, m.logical + m.columns, int32_t(page)) - m.logical;
+            for (int lane = 0; lane < lanes; ++lane) {
+                uint8_t *to = pages_ + int64_t(m.pages[(first + lane) * m.columns + column]) * form_.page_bytes;
+                const int64_t row = run.token + i;
+                kernels.append(form_.k, size, k.at + row * k.token + lane * k.lane, to, int(position % size));
+                kernels.append(form_.v, size, v.at + row * v.token + lane * v.lane, to, int(position % size));
+            }
+        }
+    };
+    if (token * lanes <= APPENDED / 4)
+        for (size_t task = 0; task < runs.size(); ++task)
+            write(int64_t(task));
+    else
+        parallel(int64_t(runs.size()), [&](int64_t task) { write(task); });
+}
+
+void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_token, const Options &options,
+                  float *out, float *lse) const {
+    const auto &kernels = kvik::kernels().attend;
+    const int64_t heads = int64_t(lanes) * shared, width = form_.v.width;
+    std::vector<Work> works;
+    const int64_t most = std::max(1, ROWS / shared);
+    int64_t token = 0, tiles = 0;
+    for (const Member &member : members_) {
+        // Blocks start at fixed positions: how a text is cut decides nothing but who shares a load.
+        for (int64_t at = 0; at < member.count; at += most) {
+            const int queries = int(std::min(most, member.count - at));
+            for (int lane = 0; lane < lanes; ++lane) {
+                Block b = block(member, token, first + lane, at, queries);
+                const int64_t row = token + at, head = int64_t(lane) * shared;
+                b.shared = shared;
+                b.q = q + row * q_token + head * form_.k.width, b.q_stride = q_token;
+                b.scale = options.scale, b.softcap = options.softcap;
+                b.bias = options.bias ? options.bias + head * options.reach : nullptr, b.reach = options.reach;
+                b.out = out + (row * heads + head) * width, b.out_stride = heads * width;
+                b.lse = lse ? lse + row * heads + head : nullptr, b.lse_stride = heads;
+                works.push_back({b, 1, -1});
+                tiles += b.tiles();
+            }
+        }
+        token += member.count;
+    }
+    const int64_t wanted = threads() == 1 ? 1 : int64_t(threads()) * SHARES;
+    const int64_t share = std::max<int64_t>(1, tiles / wanted);
+    struct Task {
+        int64_t work, from, to;
+    };
+    std::vector<Task> tasks;
+    int64_t floats = 0;
+    for (size_t w = 0; w < works.size(); ++w) {
+        Work &work = works[w];
+        const int64_t count = work.block.tiles();
+        const int64_t cuts = threads() == 1 ? 1 : (count + share - 1) / share;
+        work.tasks = int(cuts);
+        if (cuts > 1)
+            work.parts = floats, floats += count * kernels.part_floats(work.block);
+        for (int64_t c = 0; c < cuts; ++c)
+            tasks.push_back({int64_t(w), count * c / cuts, count * (c + 1) / cuts});
+    }
+    const std::unique_ptr<float[]> parts(floats ? new float[size_t(floats)] : nullptr);
+    std::vector<std::atomic<int>> left(works.size());
+    for (size_t w = 0; w < works.size(); ++w)
+        left[w].store(works[w].tasks, std::memory_order_relaxed);
+    parallel(int64_t(tasks.size()), [&](int64_t t) {
+        const Task &task = tasks[t];
+        const Work &work = works[task.work];
+        if (work.parts < 0)
+            return kernels.attend(work.block);
+        float *mine = parts.get() + work.parts;
+        kernels.attend_tiles(work.block, task.from, task.to, mine);
+        if (left[task.work].fetch_sub(1, std::memory_order_acq_rel) == 1)
+            kernels.merge(work.block, mine);
+    });
+}
+
+void compact(uint8_t *pages, const Form &form, const int64_t *source, const int64_t *target, int64_t count) {
+    const Stream *streams[] = {&form.k, &form.v};
+    const int codes = form.k.code_bytes + form.v.code_bytes, groups = form.k.groups + form.v.groups;
+    std::vector<uint8_t> held(size_t(count) * codes);
+    std::vector<uint16_t> scales(size_t(count) * groups);
+    for (const bool out : {true, false}) // all are read first
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t slot = (out ? source : target)[i];
+            uint8_t *page = pages + slot / form.page_size * form.page_bytes, *row = held.data() + i * codes;
+            uint16_t *scale = scales.data() + i * groups;
+            for (const Stream *s : streams) {
+                if (out)
+                    take(*s, form.page_size, page, int(slot % form.page_size), row, scale);
+                else
+                    place(*s, form.page_size, page, int(slot % form.page_size), row, scale);
+                row += s->code_bytes, scale += s->groups;
+            }
+        }
+}
+
+} // namespace kvik

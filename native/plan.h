@@ -1,0 +1,49 @@
+// One step's sequences in one group of lanes: where rows are written and read, worked out once.
+#pragma once
+
+#include <vector>
+
+#include "attend.h"
+
+namespace kvik {
+
+struct Member {
+    const int32_t *pages, *logical; // [lanes][columns], [columns]; held by the caller
+    int64_t columns, start, count;
+};
+
+struct Rows { // f32, the last axis without gaps; strides in floats
+    const float *at;
+    int64_t token, lane;
+};
+
+struct Options {
+    float scale, softcap;
+    const float *bias;
+    int64_t reach;
+};
+
+class Plan {
+  public:
+    Plan(uint8_t *pages, const Form &form, int64_t window, int64_t sinks, std::vector<Member> members)
+        : pages_(pages), form_(form), window_(window), sinks_(sinks), members_(std::move(members)) {}
+
+    // Rows of lanes first, first + 1, … of every new token.
+    void append(int first, int lanes, const Rows &k, const Rows &v) const;
+    // q [T][lanes * shared][k.width], q_token floats from one token to the next; out and lse without gaps.
+    void attend(int first, int lanes, int shared, const float *q, int64_t q_token, const Options &options, float *out,
+                float *lse) const;
+
+  private:
+    Block block(const Member &member, int64_t token, int lane, int64_t at, int queries) const;
+
+    uint8_t *pages_;
+    Form form_;
+    int64_t window_, sinks_;
+    std::vector<Member> members_;
+};
+
+// Moves rows, codes verbatim, between slots (page * page size + place): as if all were read before any is written.
+void compact(uint8_t *pages, const Form &form, const int64_t *source, const int64_t *target, int64_t count);
+
+} // namespace kvik

@@ -1,0 +1,162 @@
+"""Append, attend and compact by the C++ kernels (`native/`), over pages of a CPU, exactly as `ops/reference.py` says.
+
+What the kernels leave to the reference, so that they stay small: attention mass; layouts of other streams than `k` and
+`v`; heads wider than 512. KVIK_ISA forces an instruction set; `built` and `isa` say what there is.
+
+Addresses are handed over as integers, everything checked here: a tensor through DLPack costs more than a short product.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvik.errors import UsageError
+from kvik.ops import reads as described
+from kvik.ops import reference
+from kvik.ops.layout import RowLayout
+from kvik.ops.reads import Partial, Reads
+
+_KINDS = {"f32": 0, "bf16": 1, "f16": 2}  # attend.h's Kind; int8 is 3, int4 is 4
+_WIDEST = 512
+_FAR = 1 << 60  # a window that hides nothing
+
+
+@lru_cache(maxsize=1)
+def _module() -> ModuleType | None:
+    try:
+        return import_module("kvik._native")
+    except ImportError:
+        return None
+
+
+def built() -> bool:
+    """Whether the kernels are there."""
+    return _module() is not None
+
+
+def check_isa() -> None:
+    """Uses the instruction set that KVIK_ISA names, or else the best one that the machine has.
+
+    Raises:
+        UsageError: it is not built, or not on this machine.
+    """
+    module: Any = _module()
+    assert module is not None, "asked only where the kernels are built"
+    known = module.available()
+    asked = os.environ.get("KVIK_ISA", "") or known[-1]
+    if not module.use(asked):
+        raise UsageError(f"KVIK_ISA={asked!r} is not available here; use {', '.join(known)}, or leave it out")
+
+
+class Plan:
+    """See `ops.reads.Plan`."""
+
+    def __init__(self, pages: Tensor, reads: Reads) -> None:
+        module: Any = _module()
+        assert pages.dtype == torch.uint8 and pages.is_contiguous(), "pages are bytes"
+        self._pages, self._reads = pages, reads  # held: the plan below knows addresses only
+        members = []
+        for member in reads.members:
+            table, logical = member.pages, member.logical
+            assert table.dtype == logical.dtype == "int32", "tables are int32"
+            assert table.flags.c_contiguous and logical.flags.c_contiguous, "tables lie without gaps"
+            assert member.start + member.count < 1 << 31, "positions fit 31 bits"
+            members += [table.ctypes.data, logical.ctypes.data, table.shape[1], member.start, member.count]
+        self._key, self._value = reads.layout.streams
+        self._tokens = reads.tokens
+        window = _FAR if reads.window is None else reads.window
+        layout = _layout(reads.layout, reads.page_size)
+        plan = module.Plan(pages.data_ptr(), layout, window, reads.sinks, members)
+        self._append, self._attend = plan.append, plan.attend
+
+    def append(self, lanes: slice, rows: Mapping[str, Tensor]) -> None:
+        """See `ops.reads.Plan.append`."""
+        k, v = _floats(rows[self._key.name]), _floats(rows[self._value.name])
+        count = lanes.stop - lanes.start
+        assert k.shape == (self._tokens, count, self._key.width), "a row of k for each token and lane"
+        assert v.shape == (self._tokens, count, self._value.width), "a row of v for each token and lane"
+        a, b = k.stride(), v.stride()
+        self._append(lanes.start, count, k.data_ptr(), a[0], a[1], v.data_ptr(), b[0], b[1])
+
+    def attend(
+        self,
+        lanes: slice,
+        q: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        want_lse: bool = False,
+        want_mass: bool = False,
+    ) -> Partial:
+        """See `ops.reads.Plan.attend`."""
+        q = _floats(q)
+        tokens, heads, width = q.shape
+        count = lanes.stop - lanes.start
+        assert tokens == self._tokens and heads % count == 0 and width == self._key.width, "queries of every token"
+        if q.stride(1) != width:
+            q = q.contiguous()
+        out = torch.empty((tokens, heads, self._value.width))
+        lse = torch.empty((tokens, heads)) if want_lse else None
+        at, reach = 0, 0
+        if bias is not None:
+            bias = _floats(bias).contiguous()
+            assert bias.shape[0] == heads, "a bias for each head"
+            at, reach = bias.data_ptr(), bias.shape[1]
+        self._attend(
+            lanes.start, count, heads // count, q.data_ptr(), q.stride(0), scale, softcap or 0.0, at, reach,
+            out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+        )  # fmt: skip
+        mass = None
+        if want_mass:
+            slow = reference.plan(self._pages, self._reads)
+            mass = slow.attend(lanes, q, scale=scale, softcap=softcap, bias=bias, want_mass=True).mass
+        return Partial(out, lse, mass)
+
+
+def plan(pages: Tensor, reads: Reads) -> described.Plan:
+    """See `ops.reads.Backend.plan`."""
+    return Plan(pages, reads) if _serves(reads.layout) else reference.plan(pages, reads)
+
+
+def compact(pages: Tensor, layout: RowLayout, size: int, source: Tensor, target: Tensor) -> None:
+    """See `ops.reads.Backend.compact`."""
+    if not _serves(layout):
+        reference.compact(pages, layout, size, source, target)
+        return
+    module: Any = _module()
+    source, target = source.contiguous(), target.contiguous()
+    assert source.dtype == target.dtype == torch.int64 and source.shape == target.shape, "a target for each source"
+    assert pages.dtype == torch.uint8 and pages.is_contiguous(), "pages are bytes"
+    module.compact(pages.data_ptr(), _layout(layout, size), source.data_ptr(), target.data_ptr(), len(source))
+
+
+def _serves(layout: RowLayout) -> bool:
+    return [(s.name, s.by) for s in layout.streams] == [("k", "dot"), ("v", "mix")] and all(
+        s.width <= _WIDEST for s in layout.streams
+    )
+
+
+@lru_cache(maxsize=256)
+def _layout(layout: RowLayout, size: int) -> list[int]:
+    """As bind_attend.cpp reads it: page size, page bytes, and eight integers a stream."""
+    out = [size, size * layout.row_bytes]
+    for stream in layout.streams:
+        codes, scales = (size * at for at in layout.offsets[stream.name])
+        kind = _KINDS.get(stream.codec.name, 3 if stream.codec.bits == 8 else 4)
+        mixed = stream.by == "mix"
+        out += [kind, stream.codec.rotated, mixed, stream.width, stream.code_bytes, stream.groups, codes, scales]
+    return out
+
+
+def _floats(x: Tensor) -> Tensor:
+    assert x.dtype == torch.float32 and x.device.type == "cpu", "f32 on the CPU"
+    return x if x.stride(-1) == 1 else x.contiguous()

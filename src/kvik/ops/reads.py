@@ -1,0 +1,154 @@
+"""What one step writes and reads in one group of lanes, for every backend alike: tables, positions and a mask.
+
+A page table is opened at a logical page, the one that holds its positions:
+
+    logical   0    5    6           page size 32: column 1 holds positions 160 … 191
+    pages    [17,  3,  12]          of lane 0; a row for each lane
+
+Positions between are holes: nothing is there, and no query sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvik.ops.layout import RowLayout
+
+
+@dataclass(frozen=True)
+class Member:
+    """One sequence of a step.
+
+    Attributes:
+        pages: int32 [lanes, columns], contiguous.
+        logical: int32 [columns], ascending: column c holds positions logical[c]·N … logical[c]·N + N - 1.
+        start: position of its first new token; there are columns for all new tokens.
+        count: new tokens.
+    """
+
+    pages: NDArray[np.int32]
+    logical: NDArray[np.int32]
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Reads:
+    """A step's sequences, in one group.
+
+    Attributes:
+        layout: of a row; streams `k` and `v` where there is attention.
+        page_size: N.
+        window: positions that a query sees, its own included; None = all.
+        sinks: first positions that stay visible though a window has passed them.
+        members: in the order of the step's T tokens.
+    """
+
+    layout: RowLayout
+    page_size: int
+    window: int | None
+    sinks: int
+    members: tuple[Member, ...]
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(member.count for member in self.members)
+
+    def visible(self, asking: NDArray[np.int64], held: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """The mask, made of positions alone: which held rows each asking query sees; the two broadcast."""
+        back = asking - held
+        seen = back >= 0
+        if self.window is not None:
+            seen &= (back < self.window) | (held < self.sinks)
+        return np.asarray(seen)
+
+    def slots(self) -> NDArray[np.int64]:
+        """int64 [lanes, T]: page · N + slot of every new row."""
+        size, parts = self.page_size, []
+        for member in self.members:
+            positions = np.arange(member.start, member.start + member.count)
+            columns = np.searchsorted(member.logical, positions // size)
+            parts.append(member.pages[:, columns].astype(np.int64) * size + positions % size)
+        return np.concatenate(parts, axis=1)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Attention over some of the rows, ready to be merged with attention over others.
+
+    Attributes:
+        out: [T, H, E].
+        lse: log Σ exp(score), [T, H]; None unless asked for.
+        mass: for each member, the weight that each slot of its table received from the step's tokens, summed over
+            them and over the queries that share a lane: [L, columns · N]; None unless asked for.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    mass: tuple[Tensor, ...] | None = None
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention over both parts' rows, from attention over each (flashinfer's cascade; arXiv:2501.01005).
+
+    Both need their `lse`. A part in which a query saw nothing has a very low lse and weighs nothing.
+    """
+    assert a.lse is not None and b.lse is not None, "merge needs log-sum-exp: attend(..., want_lse=True)"
+    lse = torch.logaddexp(a.lse, b.lse)
+    out = a.out * (a.lse - lse).exp().unsqueeze(-1) + b.out * (b.lse - lse).exp().unsqueeze(-1)
+    return Partial(out, lse)
+
+
+class Plan(Protocol):
+    """A step's reads and writes in one group, worked out once; good until its tables change."""
+
+    def append(self, lanes: slice, rows: Mapping[str, Tensor]) -> None:
+        """Encodes the step's new rows, each by itself, and writes them where they belong.
+
+        Args:
+            lanes: which of the group's.
+            rows: f32 [T, L, W] for each stream.
+        """
+
+    def attend(
+        self,
+        lanes: slice,
+        q: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+        want_lse: bool = False,
+        want_mass: bool = False,
+    ) -> Partial:
+        """Attention of every query over the stored form of the rows that it sees, its own included.
+
+        Args:
+            lanes: which of the group's lanes q's heads read.
+            q: f32 [T, H, D]; head h reads lane h // G.
+            scale: of the scores.
+            softcap: scores become softcap · tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
+            bias: f32 [H, R], added to the score of a row that lies r positions back; the last column serves all
+                further ones (ALiBi, arXiv:2108.12409; T5, arXiv:1910.10683).
+            want_lse: also return the log-sum-exp.
+            want_mass: also return the attention mass.
+        """
+
+
+class Backend(Protocol):
+    """A module that implements the operations over pages."""
+
+    def plan(self, pages: Tensor, reads: Reads) -> Plan:
+        """Works out a step: pages uint8 [P, page bytes]."""
+
+    def compact(self, pages: Tensor, layout: RowLayout, size: int, source: Tensor, target: Tensor) -> None:
+        """Moves rows, codes verbatim, from slots int64 [S] to slots int64 [S], as if all were read before any is
+        written; target slots differ. A slot is page · size + place in the page; modifies pages."""
