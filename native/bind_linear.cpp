@@ -1,6 +1,8 @@
 // What Python sees of linear.h.
 #include "bind.h"
 
+#include <stdexcept>
+
 using namespace kvik;
 
 namespace {
@@ -38,6 +40,9 @@ void bind_linear(nb::module_ &m) {
         }, nb::arg("function").none(), nb::arg("x"), nb::arg("x_stride"), nb::arg("rows"), nb::arg("y"),
            nb::arg("y_stride"), nb::arg("add"), Release(), "y = f(x) W^T + bias, or y += that.")
         .def("lookup", [](const Weight &weight, uintptr_t outputs, int64_t count, uintptr_t out) {
+            for (int64_t i = 0; i < count; ++i)
+                if (at<int64_t>(outputs)[i] < 0 || at<int64_t>(outputs)[i] >= weight.outputs)
+                    throw std::out_of_range("the weight has no such row");
             lookup(weight, at<int64_t>(outputs), count, at<float>(out));
         }, Release(), "Rows of the weight, as f32.");
 

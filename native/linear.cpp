@@ -33,6 +33,8 @@ struct Scratch {
 } // namespace
 
 void apply(const RowFunction &function, const float *x, int64_t stride, int64_t rows, int64_t width, float *out) {
+    if (!rows)
+        return;
     const auto row = kernels().linear.apply;
     in_pieces(rows, rows_a_piece(rows, width), [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r)
@@ -42,6 +44,8 @@ void apply(const RowFunction &function, const float *x, int64_t stride, int64_t 
 
 void product(const Weight &weight, const RowFunction &function, const float *x, int64_t x_stride, int64_t rows, float *y,
              int64_t y_stride, bool add) {
+    if (!rows)
+        return;
     static thread_local Scratch scratch;
     const LinearKernels &kernel = kernels().linear;
     const int64_t width = weight.inputs, groups = weight.groups();

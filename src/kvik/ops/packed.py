@@ -105,11 +105,13 @@ def _grouped(weight: Tensor | GroupQuantized) -> Tensor:
 
 
 def _factor(grid: list[Tensor]) -> float:
-    """The power of two that brings the largest scale or zero to the upper end of f16: a file's f16 stay exact."""
+    """A power of two that brings the largest scale or zero into f16's range, and small ones up to 1 so that they keep
+    their bits: whatever was f16 stays exact."""
     top = max((float(each.abs().max()) for each in grid if each.numel()), default=0.0)
     if not math.isfinite(top):
         raise WeightsError("a weight holds values that are not finite, so its products are NaN; get the file again")
-    return 2.0 ** max(math.floor(math.log2(top)) - 14, -100) if top > 0 else 1.0
+    exponent = max(math.floor(math.log2(top)), -100) if top > 0 else 0
+    return 2.0 ** (min(exponent, 0) + max(exponent - 14, 0))
 
 
 def _as_held(x: Tensor, factor: float) -> Tensor:

@@ -123,13 +123,13 @@ class GELU(RowFunction):
 
 def silu(x: Tensor) -> Tensor:
     """x / (1 + exp(-x)), elementwise."""
-    return x / x.neg().exp_().add_(1)
+    return x / (x.neg().exp() + 1)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), elementwise."""
     inner = torch.addcmul(x, x * x, x, value=0.044715).mul_(math.sqrt(2 / math.pi))
-    return inner.tanh_().add_(1).mul_(x).mul_(0.5)
+    return (inner.tanh() + 1).mul(x).mul_(0.5)
 
 
 def turn(x: Tensor, angles: Tensor) -> Tensor:
