@@ -1,11 +1,11 @@
-"""The products of SmolLM2's layers at several numbers of rows: native int4 and int8 beside torch's operators, in one run.
+"""The products of SmolLM2's layers at several numbers of rows: native int4 and int8 beside torch's operators.
 
-    python benchmarks/products.py [--rows 1,4,16,64,512,1024] [--rounds 7]
+python benchmarks/products.py [--rows 1,4,16,64,512,1024] [--rounds 7]
 
 Weights are random, in SmolLM2's shapes; few rows pass through 30 layers, so that no cache holds them, many through 3.
-Every round runs each kind once, one after another; medians. GB/s are of weights as they are held, beside what a sum over
-256 MB reads; GOP/s are 2 · rows · inputs · outputs. `linear_dynamic` is a mark of speed only: it has one scale for all
-rows, so that a neighbour moves a row, and a KL divergence of 0.43.
+Every round runs each kind once, one after another; medians. GB/s are of weights as they are held, beside what a sum
+over 256 MB reads; GOP/s are 2 · rows · inputs · outputs. `linear_dynamic` is a mark of speed only: it has one scale for
+all rows, so that a neighbour moves a row, and a KL divergence of 0.43.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ def linears(fmt: Format, layers: int, native: bool) -> list[Linear]:
 
 def dynamic(shape: tuple[int, int]) -> Product:
     """torch's int8 product with one activation scale for the whole batch."""
+    warnings.filterwarnings("ignore", message=".*deprecated.*")
     weight = torch.quantize_per_tensor(torch.randn(shape), 0.02, 0, torch.qint8)
     packed = torch.ops.quantized.linear_prepack(weight, None)
     return lambda x: torch.ops.quantized.linear_dynamic(x, packed)

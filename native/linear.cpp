@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t LIGHT = 16384;       // values of a row function that are not worth waking anybody for
 constexpr int64_t BLOCKS_AT_ONCE = 16; // of rows: their codes stay in the second-level cache while tiles pass by
+constexpr int64_t TILES_AT_ONCE = 64;  // for one block of rows; so few that threads end together
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
@@ -67,14 +68,13 @@ void product(const Weight &weight, const RowFunction &function, const float *x, 
             kernel.quantize(row, width, activations, r);
         }
     });
-    const int64_t blocks = parts(rows, BLOCK), tiles = weight.tiles();
-    const int64_t chunks = parts(blocks, BLOCKS_AT_ONCE);
-    const int64_t tiles_each = std::max<int64_t>(1, std::min<int64_t>(parts(tiles, 4 * threads()), 64 / std::min<int64_t>(blocks, 16) ));
-    const int64_t pieces = parts(tiles, tiles_each);
+    const int64_t blocks = parts(rows, BLOCK), chunks = parts(blocks, BLOCKS_AT_ONCE), tiles = weight.tiles();
+    const int64_t each = std::min(parts(tiles, 4 * threads()), TILES_AT_ONCE / std::min(blocks, BLOCKS_AT_ONCE));
+    const int64_t pieces = parts(tiles, each);
     parallel(chunks * pieces, [&](int64_t task) {
-        const int64_t block = task / pieces * BLOCKS_AT_ONCE, tile = task % pieces * tiles_each;
+        const int64_t block = task / pieces * BLOCKS_AT_ONCE, tile = task % pieces * each;
         kernel.product(weight, activations, block, std::min(BLOCKS_AT_ONCE, blocks - block), tile,
-                       std::min(tiles_each, tiles - tile), y, y_stride, add);
+                       std::min(each, tiles - tile), y, y_stride, add);
     });
 }
 

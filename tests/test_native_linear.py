@@ -225,7 +225,9 @@ def test_functions_of_rows_equal_float64(isa, width):
     gate, up = both.double().chunk(2, 1)
     check_function(SwiGLU(), both.contiguous(), gate * torch.sigmoid(gate) * up, 1e-6)
     inner = math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
-    check_function(GELU(), x, wide * torch.sigmoid(2 * inner), 1e-5)  # e^-2u has the rounding of 2u, up to 87, before it
+    check_function(
+        GELU(), x, wide * torch.sigmoid(2 * inner), 1e-5
+    )  # e^-2u has the rounding of 2u, up to 87, before it
     got = LayerNorm(weight, weight, 1e-5)(x)
     centred = torch.nn.functional.layer_norm(wide, (width,), weight.double(), weight.double(), 1e-5)
     assert (got - centred).abs().max() < 1e-5

@@ -1,7 +1,7 @@
 """The native kernels, where they were built and are wanted; everything works, slower, without them.
 
-    KVIK_OPS=reference    plain torch only
-    KVIK_ISA=avx2         kernels for this instruction set instead of the best that the machine has
+KVIK_OPS=reference    plain torch only
+KVIK_ISA=avx2         kernels for this instruction set instead of the best that the machine has
 """
 
 from __future__ import annotations
