@@ -266,6 +266,16 @@ def test_gradients_flow_through_the_plain_form():
     assert x.grad is not None and x.grad.abs().sum() > 0
 
 
+@formats
+def test_a_gradient_through_codes_is_refused(fmt):
+    made, *_ = linear(16, 32, fmt)
+    x = drawn(2, 32).requires_grad_()
+    with pytest.raises(WeightsError, match="no gradient"):
+        made(x)
+    with torch.no_grad():
+        assert torch.equal(made(x), made(x.detach()))
+
+
 # Choosing.
 
 
@@ -299,3 +309,6 @@ def test_an_unknown_choice_is_refused(monkeypatch):
 def test_without_the_native_part_torch_multiplies(monkeypatch):
     monkeypatch.setitem(sys.modules, "kvik._native", None)
     assert loader.native.__wrapped__() is None
+    monkeypatch.setenv("KVIK_OPS", "native")
+    with pytest.raises(UsageError, match="KVIK_OPS=native: the kernels were not built"):
+        loader.native.__wrapped__()

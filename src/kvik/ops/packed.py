@@ -52,7 +52,14 @@ class Packed:
         Args:
             function: a native function of rows that comes first, or None.
             takes: how many times wider it wants its rows.
+
+        Raises:
+            WeightsError: a gradient is wanted.
         """
+        if x.requires_grad and torch.is_grad_enabled():
+            raise WeightsError(
+                "products with int4 and int8 weights have no gradient; load with weights 'f32' or 'bf16'"
+            )
         (outputs, inputs), (rows, width) = self.shape, x.shape
         assert width == takes * inputs and x.dtype == torch.float32, f"{width} {x.dtype} for {inputs} inputs"
         x = x.contiguous()
