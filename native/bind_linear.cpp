@@ -9,7 +9,7 @@ namespace {
 
 template <class T> T *at(uintptr_t address) { return reinterpret_cast<T *>(address); }
 
-constexpr RowFunction as_they_are{Kind::none, nullptr, nullptr, 0.0f};
+constexpr RowFunction as_they_are{RowKind::none, nullptr, nullptr, 0.0f};
 
 } // namespace
 
@@ -18,14 +18,15 @@ void bind_linear(nb::module_ &m) {
 
     nb::class_<RowFunction>(m, "RowFunction", "What is done to each row by itself: a norm or an activation function.")
         .def_static("rms_norm", [](uintptr_t weight, float eps) {
-            return RowFunction{Kind::rms_norm, at<float>(weight), nullptr, eps};
+            return RowFunction{RowKind::rms_norm, at<float>(weight), nullptr, eps};
         })
         .def_static("layer_norm", [](uintptr_t weight, uintptr_t bias, float eps) {
-            return RowFunction{Kind::layer_norm, at<float>(weight), at<float>(bias), eps};
+            return RowFunction{RowKind::layer_norm, at<float>(weight), at<float>(bias), eps};
         })
-        .def_static("swiglu", [] { return RowFunction{Kind::swiglu, nullptr, nullptr, 0.0f}; })
-        .def_static("gelu", [] { return RowFunction{Kind::gelu, nullptr, nullptr, 0.0f}; })
-        .def("__call__", [](const RowFunction &f, uintptr_t x, int64_t stride, int64_t rows, int64_t width, uintptr_t out) {
+        .def_static("swiglu", [] { return RowFunction{RowKind::swiglu, nullptr, nullptr, 0.0f}; })
+        .def_static("gelu", [] { return RowFunction{RowKind::gelu, nullptr, nullptr, 0.0f}; })
+        .def("__call__", [](const RowFunction &f, uintptr_t x, int64_t stride, int64_t rows, int64_t width,
+                            uintptr_t out) {
             apply(f, at<float>(x), stride, rows, width, at<float>(out));
         }, Release(), "f32 rows of the given stride -> rows of `width` at `out`.");
 

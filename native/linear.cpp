@@ -43,32 +43,32 @@ void apply(const RowFunction &function, const float *x, int64_t stride, int64_t 
     });
 }
 
-void product(const Weight &weight, const RowFunction &function, const float *x, int64_t x_stride, int64_t rows, float *y,
-             int64_t y_stride, bool add) {
+void product(const Weight &weight, const RowFunction &function, const float *x, int64_t x_stride, int64_t rows,
+             float *y, int64_t y_stride, bool add) {
     if (!rows)
         return;
     static thread_local Scratch scratch;
     const LinearKernels &kernel = kernels().linear;
     const int64_t width = weight.inputs, groups = weight.groups();
     if (int64_t(scratch.groups.size()) < rows * groups) {
-        scratch.codes.resize(size_t(rows * groups * GROUP));
+        scratch.codes.resize(size_t(rows * groups * GROUP_INPUTS));
         scratch.groups.resize(size_t(rows * groups));
     }
-    const Activations activations{scratch.codes.data(), scratch.groups.data(), rows, groups * GROUP};
+    const Activations activations{scratch.codes.data(), scratch.groups.data(), rows, groups * GROUP_INPUTS};
     in_pieces(rows, rows_a_piece(rows, width), [&](int64_t first, int64_t last) {
         static thread_local std::vector<float> applied;
-        if (function.kind != Kind::none && int64_t(applied.size()) < width)
+        if (function.kind != RowKind::none && int64_t(applied.size()) < width)
             applied.resize(size_t(width));
         for (int64_t r = first; r < last; ++r) {
             const float *row = x + r * x_stride;
-            if (function.kind != Kind::none) {
+            if (function.kind != RowKind::none) {
                 kernel.apply(function, row, width, applied.data());
                 row = applied.data();
             }
             kernel.quantize(row, width, activations, r);
         }
     });
-    const int64_t blocks = parts(rows, BLOCK), chunks = parts(blocks, BLOCKS_AT_ONCE), tiles = weight.tiles();
+    const int64_t blocks = parts(rows, BLOCK_ROWS), chunks = parts(blocks, BLOCKS_AT_ONCE), tiles = weight.tiles();
     const int64_t each = std::min(parts(tiles, 4 * threads()), TILES_AT_ONCE / std::min(blocks, BLOCKS_AT_ONCE));
     const int64_t pieces = parts(tiles, each);
     parallel(chunks * pieces, [&](int64_t task) {
