@@ -13,7 +13,7 @@ import torch
 
 import kvik
 from kvik.models import prepare
-from kvik.ops.linear import dense
+from kvik.ops.grouped import dense
 
 PROMPTS = [
     "What is the capital of France?", "Why is the sky blue?", "Write a haiku about rain.", "Name three colours.",

@@ -14,8 +14,9 @@ from kvik.cache.arena import Arena
 from kvik.cache.retention import Retention
 from kvik.models.config import Config
 from kvik.models.model import Model
-from kvik.ops import codecs, linear, reference
+from kvik.ops import codecs, reference
 from kvik.ops import pages as paged
+from kvik.ops.linear import Linear
 from kvik.ops.reads import Reads
 
 # 1. Row law: the cut cannot show.
@@ -339,9 +340,15 @@ def test_the_cut_does_not_show_in_a_models_logits(family, weights, kv, ops):
     check_cut(model.cache(kv, memory=8 << 20), Logits(model))
 
 
-def test_the_cut_is_seen_where_activations_share_a_scale(monkeypatch):
-    honest = linear._product
-    model = tiny("llama", "bf16")
-    monkeypatch.setattr(linear, "_product", lambda fmt, held, x: honest(fmt, held, x / x.abs().max()) * x.abs().max())
+@pytest.mark.parametrize("weights", ["bf16", "int4"])
+def test_the_cut_is_seen_where_activations_share_a_scale(weights, monkeypatch):
+    honest = Linear.__call__
+    model = tiny("llama", weights)
+
+    def shared(self, x, **options):
+        scale = x.abs().max() / 127
+        return honest(self, (x / scale).round() * scale, **options)
+
+    monkeypatch.setattr(Linear, "__call__", shared)
     with sees():
         check_cut(model.cache("bf16", memory=8 << 20), Logits(model))

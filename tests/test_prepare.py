@@ -22,7 +22,7 @@ from kvik.models import prepare
 from kvik.models.prepare import home, load, resolve
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.weights import read_gguf
-from kvik.ops.linear import GroupQuantized
+from kvik.ops.grouped import GroupQuantized
 from test_weights import alphabet, llama, write_gguf
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

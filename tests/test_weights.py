@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kvik.errors import ConfigError, KvikError, WeightsError
 from kvik.models.config import Config
 from kvik.models.weights import check, read_gguf, read_safetensors
-from kvik.ops.linear import GroupQuantized
+from kvik.ops.grouped import GroupQuantized
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, FFN, VOCAB = 2, 64, 4, 2, 96, 300
 KEPT = (Q.Q4_0, Q.Q4_1, Q.Q8_0)

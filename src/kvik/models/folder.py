@@ -20,7 +20,7 @@ from kvik.errors import ConfigError, WeightsError
 from kvik.models.config import Config
 from kvik.models.fields import brief
 from kvik.models.weights import Weight, check, read_file, read_safetensors, safetensors_files
-from kvik.ops.linear import GroupQuantized
+from kvik.ops.grouped import GroupQuantized
 
 FORMAT = 1  # of a prepared folder
 _WEIGHTS = "model.safetensors"

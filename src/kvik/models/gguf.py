@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kvik.errors import WeightsError
 from kvik.models.fields import Fields, brief
-from kvik.ops.linear import GROUP, GroupQuantized
+from kvik.ops.grouped import GROUP, GroupQuantized
 
 Weight = Tensor | GroupQuantized
 

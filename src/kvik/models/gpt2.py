@@ -8,24 +8,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import layer_norm
 
 from kvik.cache.spec import LayerShape
 from kvik.models.config import Config
 from kvik.models.parts import Source
 from kvik.models.watch import Chunk
-from kvik.ops.pointwise import gelu_tanh
+from kvik.ops.pointwise import GELU, LayerNorm
 
 
-class Norm:
+def norm(source: Source, name: str, config: Config) -> LayerNorm:
     """A LayerNorm's weights."""
-
-    def __init__(self, source: Source, name: str, eps: float) -> None:
-        self.weight, self.bias, self.eps = source.vector(f"{name}.weight"), source.vector(f"{name}.bias"), eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """f32 [T, hidden], each row by itself."""
-        return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+    return LayerNorm(source.vector(f"{name}.weight"), source.vector(f"{name}.bias"), config.norm_eps)
 
 
 class Block:
@@ -33,11 +26,12 @@ class Block:
 
     def __init__(self, config: Config, source: Source, layer: int) -> None:
         name = f"h.{layer}"
-        self.attention_norm = Norm(source, f"{name}.ln_1", config.norm_eps)
+        self.attention_norm = norm(source, f"{name}.ln_1", config)
         self.qkv = source.linear(f"{name}.attn.c_attn", bias=True, flip=True)
         self.o = source.linear(f"{name}.attn.c_proj", bias=True, flip=True)
-        self.mlp_norm = Norm(source, f"{name}.ln_2", config.norm_eps)
+        self.mlp_norm = norm(source, f"{name}.ln_2", config)
         self.fc = source.linear(f"{name}.mlp.c_fc", bias=True, flip=True)
+        self.gelu = GELU()
         self.proj = source.linear(f"{name}.mlp.c_proj", bias=True, flip=True)
 
 
@@ -55,7 +49,7 @@ class GPT2:
         self.embedding = source.embedding("wte")
         self.positions = source.vector("wpe.weight")
         self.blocks = [Block(config, source, layer) for layer in range(config.layers)]
-        self.norm = Norm(source, "ln_f", config.norm_eps)
+        self.norm = norm(source, "ln_f", config)
         self.head = self.embedding if config.tied_embeddings else source.embedding("lm_head")
 
     def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
@@ -64,8 +58,9 @@ class GPT2:
         positions = torch.tensor(step.positions, device=tokens.device)
         x = self.embedding.rows(tokens) + self.positions[positions]
         for layer, block in enumerate(self.blocks):
-            q, k, v = block.qkv(block.attention_norm(x)).view(len(tokens), 3, config.heads, config.head_dim).unbind(1)
+            qkv = block.qkv(x, after=block.attention_norm).view(len(tokens), 3, config.heads, config.head_dim)
+            q, k, v = qkv.unbind(1)
             step.append(layer, k=k, v=v)
-            x = x + block.o(step.attend(layer, q, scale=config.head_dim**-0.5).out.flatten(1))
-            x = x + block.proj(gelu_tanh(block.fc(block.mlp_norm(x))))
-        return self.head(self.norm(x[rows]))
+            x = block.o(step.attend(layer, q, scale=config.head_dim**-0.5).out.flatten(1), onto=x)
+            x = block.proj(block.fc(x, after=block.mlp_norm), after=block.gelu, onto=x)
+        return self.head(x[rows], after=self.norm)

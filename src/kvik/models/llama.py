@@ -12,7 +12,7 @@ from kvik.cache.spec import LayerShape
 from kvik.models.config import Config
 from kvik.models.parts import Rotation, Source
 from kvik.models.watch import Chunk
-from kvik.ops.pointwise import RMSNorm, silu
+from kvik.ops.pointwise import RMSNorm, SwiGLU
 
 
 class Block:
@@ -26,6 +26,7 @@ class Block:
         self.o = source.linear(f"{name}.self_attn.o_proj", bias=config.attention_bias)
         self.mlp_norm = RMSNorm(source.vector(f"{name}.post_attention_layernorm.weight"), config.norm_eps)
         self.gate_up = source.linear(f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj", bias=config.mlp_bias)
+        self.swiglu = SwiGLU()
         self.down = source.linear(f"{name}.mlp.down_proj", bias=config.mlp_bias)
 
 
@@ -66,10 +67,10 @@ class Llama:
         scale = config.head_dim**-0.5
         x = self.embedding.rows(tokens)
         for layer, block in enumerate(self.blocks):
-            qkv = block.qkv(block.attention_norm(x)).view(len(tokens), -1, config.head_dim)
+            qkv = block.qkv(x, after=block.attention_norm).view(len(tokens), -1, config.head_dim)
             qk = self.rotation.turn(qkv[:, :turned], angles)
             step.append(layer, k=qk[:, queries:], v=qkv[:, turned:])
-            x = x + block.o(step.attend(layer, qk[:, :queries], scale=scale).out.flatten(1))
-            gate, up = block.gate_up(block.mlp_norm(x)).chunk(2, dim=1)
-            x = x + block.down(silu(gate) * up)
-        return self.head(self.norm(x[rows]))
+            attended = step.attend(layer, qk[:, :queries], scale=scale).out.flatten(1)
+            x = block.o(attended, onto=x)
+            x = block.down(block.gate_up(x, after=block.mlp_norm), after=block.swiglu, onto=x)
+        return self.head(x[rows], after=self.norm)

@@ -18,10 +18,11 @@ from kvik.errors import ContextError, UsageError
 from kvik.models.config import Config
 from kvik.models.gpt2 import GPT2
 from kvik.models.llama import Llama
-from kvik.models.parts import Source, multiplied, nbytes
+from kvik.models.parts import Source, arithmetic, multiplied, nbytes
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.watch import Chunk
-from kvik.ops.linear import FORMATS, Format, GroupQuantized, Linear
+from kvik.ops.grouped import GroupQuantized
+from kvik.ops.linear import FORMATS, Format, Linear
 
 Weights = Literal["auto", "f32", "bf16", "int8", "int4"]
 
@@ -52,7 +53,8 @@ class Model:
         decoder: the network.
         tokenizer: None where the folder has none and none is needed.
         weights: how linear weights are held.
-        fingerprint: names the weights as they are held, for the cache's keys.
+        arithmetic: what computes products and rows: another gives other last bits.
+        fingerprint: names the weights as they are held, and the arithmetic, for the cache's keys.
         nbytes: bytes of all weights as they are held.
         row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers.
         head_weights: weights that a row is multiplied with whose logits are wanted.
@@ -83,7 +85,9 @@ class Model:
         with torch.inference_mode():
             self.decoder = FAMILIES[config.family](config, Source(tensors, self.weights, self.device))
         self.tokenizer = tokenizer
-        self.fingerprint = digest(file=fingerprint.encode(), held=self.weights.encode()).hex()
+        self.arithmetic = arithmetic(self.decoder, self.device)
+        held = f"{self.weights}, {self.arithmetic}"
+        self.fingerprint = digest(file=fingerprint.encode(), held=held.encode()).hex()
         self.nbytes = nbytes(self.decoder)
         self.row_weights, self.head_weights = multiplied(self.decoder.blocks), multiplied(self.decoder.head)
 

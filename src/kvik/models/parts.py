@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from kvik.models.rope import Rope
-from kvik.ops.linear import Format, GroupQuantized, Linear, dense, stack
+from kvik.ops import pointwise
+from kvik.ops.grouped import GroupQuantized, dense, stack
+from kvik.ops.linear import Format, Linear
 
 T = TypeVar("T")
 
@@ -35,8 +37,8 @@ class Rotation:
         return torch.polar(torch.full_like(turns, self.factor), turns).to(torch.complex64).unsqueeze(1).to(self.device)
 
     def turn(self, x: Tensor, angles: Tensor) -> Tensor:
-        """f32 [T, H, D] by the angles of its T positions."""
-        return torch.view_as_real(torch.view_as_complex(torch.unflatten(x, -1, (-1, 2))) * angles).flatten(-2)
+        """f32 [T, H, D] by the angles of its T positions; x may be overwritten."""
+        return pointwise.turn(x, angles)
 
 
 def paired(weight: Tensor | GroupQuantized, heads: int) -> Tensor | GroupQuantized:
@@ -86,6 +88,12 @@ class Source:
 def nbytes(item: object) -> int:
     """Bytes of all tensors under an object, each counted once."""
     return sum(x.numel() * x.element_size() for x in _under(item, Tensor, set()))
+
+
+def arithmetic(item: object, device: torch.device) -> str:
+    """What computes the products and functions of rows under an object."""
+    products = {linear.arithmetic for linear in _under(item, Linear, set())}
+    return ", ".join([*sorted(products), pointwise.arithmetic(device)])
 
 
 def multiplied(item: object) -> int:

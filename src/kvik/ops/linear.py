@@ -1,86 +1,30 @@
 """Linear weights as they are held, each with one arithmetic for any number of rows (law 1: the cut cannot show).
 
-| format | held as                                   | product                                    |
-|--------|-------------------------------------------|--------------------------------------------|
-| f32    | f32                                       | `linear`, rows padded (see `row_multiple`) |
-| bf16   | bf16                                      | `linear`, activations rounded to bf16      |
-| int8   | 8-bit codes, a bf16 scale an output       | torch's packed int8 product                |
-| int4   | 4-bit codes, scale and zero per 32 inputs | torch's packed int4 product                |
+| format | native, on the CPU (`ops/packed.py`)          | else                                                  |
+|--------|-----------------------------------------------|-------------------------------------------------------|
+| f32    | -                                             | `linear` over f32, rows padded (see `row_multiple`)   |
+| bf16   | -                                             | `linear` over bf16, activations rounded to bf16       |
+| int8   | 8-bit codes, a scale per 32 inputs, f16       | 8-bit codes, a bf16 scale an output; torch's packed   |
+| int4   | 4-bit codes, scale and zero per 32 inputs, f16| 4-bit codes, scale and zero per 32, bf16; torch's     |
 
 Shapes: T rows (tokens), K inputs, N outputs; weights are [N, K] as in `torch.nn.Linear`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvik.errors import WeightsError
+from kvik.ops.grouped import GROUP, GroupQuantized, dense
+from kvik.ops.loader import native
+from kvik.ops.packed import Packed
+from kvik.ops.pointwise import RowFunction
 
 Format = Literal["f32", "bf16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = ("f32", "bf16", "int8", "int4")
-GROUP = 32  # inputs that share a scale and zero in the int4 format; also the block of GGUF's Q4_0, Q4_1 and Q8_0
-
-
-@dataclass(frozen=True)
-class GroupQuantized:
-    """A weight as a quantised file stores it: w = code * scale + zero, a scale and a zero for each group of inputs.
-
-    Attributes:
-        codes: uint8 [N, K] for 8 bits; uint8 [N, K / 2] for 4 bits, the even input in the low half of a byte.
-        scale: f16 or f32 [N, K / group].
-        zero: f16 or f32 [N, K / group].
-        bits: 4 or 8.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    bits: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K), as the dequantised weight has it."""
-        outputs, width = self.codes.shape
-        return outputs, width * 8 // self.bits
-
-    @property
-    def group(self) -> int:
-        """How many inputs share a scale."""
-        return self.shape[1] // self.scale.shape[1]
-
-    def unpacked(self) -> Tensor:
-        """The codes, one a byte: uint8 [N, K]."""
-        if self.bits == 8:
-            return self.codes
-        return torch.stack((self.codes & 15, self.codes >> 4), dim=-1).flatten(1)
-
-    def dequantize(self) -> Tensor:
-        """The weight as f32 [N, K]."""
-        codes = torch.unflatten(self.unpacked().to(torch.float32), 1, (-1, self.group))
-        return (codes * self.scale.float().unsqueeze(-1) + self.zero.float().unsqueeze(-1)).flatten(1)
-
-    def rows(self, index: Tensor) -> GroupQuantized:
-        """The chosen outputs, codes verbatim."""
-        return GroupQuantized(self.codes[index], self.scale[index], self.zero[index], self.bits)
-
-
-def dense(weight: Tensor | GroupQuantized) -> Tensor:
-    """The weight as f32 [N, K], whatever it is held as."""
-    return weight.dequantize() if isinstance(weight, GroupQuantized) else weight.float()
-
-
-def stack(*weights: Tensor | GroupQuantized) -> Tensor | GroupQuantized:
-    """Several weights of the same inputs as one, outputs after outputs; codes verbatim where all are stored alike."""
-    quantized = [w for w in weights if isinstance(w, GroupQuantized)]
-    kinds = {(w.bits, w.group, w.scale.dtype) for w in quantized}
-    if len(quantized) < len(weights) or len(kinds) > 1:
-        return torch.cat([dense(w) for w in weights])
-    codes, scale, zero = (torch.cat([getattr(w, field) for w in quantized]) for field in ("codes", "scale", "zero"))
-    return GroupQuantized(codes, scale, zero, quantized[0].bits)
 
 
 class Linear:
@@ -88,6 +32,8 @@ class Linear:
 
     Attributes:
         format: how the weight is held.
+        arithmetic: what multiplies: results differ from one to another in their last bits. "native" has the same bits
+            on every instruction set.
         nbytes: bytes held, scales and padding included.
     """
 
@@ -100,26 +46,44 @@ class Linear:
             device: where.
 
         Raises:
-            WeightsError: the format has no product on this device.
+            WeightsError: the format has no product on this device, or the weight holds values that are not finite.
         """
         if fmt in ("int8", "int4") and device.type != "cpu":
             raise WeightsError(f"{fmt} weights are for the CPU; on {device.type} use --weights bf16 or f32")
         self.format = fmt
         self.outputs, self.inputs = weight.shape[0], weight.shape[1]
-        self.bias = None if bias is None else bias.float().to(device)
-        held = {"f32": _hold_f32, "bf16": _hold_bf16, "int8": _hold_int8, "int4": _hold_int4}[fmt](weight)
-        self.held = tuple(t.to(device) for t in held)
-        self._wide = self._padded_inputs() - self.inputs
-        self._multiple = row_multiple(self)
-        self._exact = self._multiple == 1 and not self._wide and self.held[0].shape[0] == self.outputs
+        self.bias = None if bias is None else bias.float().contiguous().to(device)
+        self.held: tuple[Tensor, ...] = ()
+        module = native() if fmt in ("int8", "int4") else None
+        self.packed = None if module is None else Packed(module, weight, self.bias, 4 if fmt == "int4" else 8)
+        self.arithmetic = "native" if self.packed else "torch packed" if fmt in ("int8", "int4") else "torch"
+        if self.packed is None:
+            held = {"f32": _hold_f32, "bf16": _hold_bf16, "int8": _hold_int8, "int4": _hold_int4}[fmt](weight)
+            self.held = tuple(t.to(device) for t in held)
+            self._wide = self._padded_inputs() - self.inputs
+            self._multiple = row_multiple(self)
+            self._exact = self._multiple == 1 and not self._wide and self.held[0].shape[0] == self.outputs
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weight as it is held."""
-        return sum(t.numel() * t.element_size() for t in self.held)
+        return self.packed.nbytes if self.packed else sum(t.nbytes for t in self.held)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """f32 [T, K] → f32 [T, N]."""
+    def __call__(self, x: Tensor, *, after: RowFunction | None = None, onto: Tensor | None = None) -> Tensor:
+        """f32 [T, K] → f32 [T, N].
+
+        Args:
+            after: a function of rows that comes first: the product is of after(x).
+            onto: f32 [T, N], to which the product is added. It may be overwritten; use what is returned.
+        """
+        if self.packed is not None:
+            if after is None:
+                return self.packed.product(x, None, 1, onto)
+            return self.packed.product(x, after.kernel, after.takes, onto)
+        y = self._product_of_rows(x if after is None else after(x))
+        return y if onto is None else onto + y
+
+    def _product_of_rows(self, x: Tensor) -> Tensor:
         if self._exact:
             y = _product(self.format, self.held, x)
             return y if self.bias is None else y + self.bias
@@ -134,6 +98,8 @@ class Linear:
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight as f32 [len(index), K]: an embedding that is also the head looks up here."""
+        if self.packed is not None:
+            return self.packed.rows(index)
         if self.format == "int8":
             codes, scale = self.held
             return (codes[index].to(torch.float32) * scale[index].to(torch.float32).unsqueeze(-1))[:, : self.inputs]

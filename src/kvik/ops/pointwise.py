@@ -1,40 +1,152 @@
-"""Norms and activation functions whose bits don't depend on how many rows stand side by side (law 1).
+"""Functions of single rows: norms, activation functions, turning by position. Each row by itself, in the same bits
+beside any number of others (law 1).
 
-torch's own fused silu and gelu use one formula for whole vectors and another for what is left over, so that a value's
-last bit depends on where it lies in its tensor; its exp, tanh and arithmetic don't.
+Natively on the CPU where that is built; in plain torch else, and where gradients are wanted. torch's own fused silu and
+gelu use one formula for whole vectors and another for what is left over, so that a value's last bit depends on where it
+lies in its tensor; its exp, tanh and arithmetic don't.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvik.ops.loader import native
 
-class RMSNorm:
-    """x · weight / sqrt(mean(x²) + eps) over the last axis (arXiv:1910.07467), in five calls.
+
+def arithmetic(device: torch.device) -> str:
+    """What computes these functions on a device: it is part of what names a model's rows."""
+    return "native rows" if device.type == "cpu" and native() is not None else "torch rows"
+
+
+class RowFunction:
+    """f32 [T, takes · width] → f32 [T, width], each row by itself.
+
+    Attributes:
+        takes: how many times wider a row is on its way in.
+    """
+
+    takes = 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A new tensor."""
+        kernel = self.kernel
+        if kernel is None or not x.is_cpu or x.requires_grad:
+            return self.plain(x)
+        x, (rows, width) = x.contiguous(), x.shape
+        assert x.dtype == torch.float32, "rows are f32"
+        out = torch.empty((rows, width // self.takes))
+        kernel(x.data_ptr(), width, rows, width // self.takes, out.data_ptr())
+        return out
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The same in torch's operations."""
+        raise NotImplementedError
+
+    @cached_property
+    def kernel(self) -> Any:
+        """The native function, which a product can also take on its way; None where there is none."""
+        module = native()
+        return None if module is None else self._kernel(module.RowFunction)
+
+    def _kernel(self, make: Any) -> Any:
+        raise NotImplementedError
+
+
+class RMSNorm(RowFunction):
+    """x · weight / sqrt(mean(x²) + eps) over the last axis (arXiv:1910.07467).
 
     Attributes:
         weight: f32 [width].
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight = weight
+        self.weight, self.eps = weight.contiguous(), eps
         self._eps = torch.full((1,), eps, device=weight.device)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """f32 [T, width], each row by itself."""
+    def plain(self, x: Tensor) -> Tensor:
+        """In five calls."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x * torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(self.weight)
+
+    def _kernel(self, make: Any) -> Any:
+        return make.rms_norm(self.weight.data_ptr(), self.eps) if self.weight.is_cpu else None
+
+
+class LayerNorm(RowFunction):
+    """(x - mean) · weight / sqrt(variance + eps) + bias over the last axis (arXiv:1607.06450).
+
+    Attributes:
+        weight, bias: f32 [width].
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
+        self.weight, self.bias, self.eps = weight.contiguous(), bias.contiguous(), eps
+
+    def plain(self, x: Tensor) -> Tensor:
+        """torch's own: its rows don't depend on their number."""
+        return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+    def _kernel(self, make: Any) -> Any:
+        here = self.weight.is_cpu
+        return make.layer_norm(self.weight.data_ptr(), self.bias.data_ptr(), self.eps) if here else None
+
+
+class SwiGLU(RowFunction):
+    """silu(gate) · up of a row that is gate and up side by side; silu(x) = x / (1 + exp(-x)) (arXiv:2002.05202)."""
+
+    takes = 2
+
+    def plain(self, x: Tensor) -> Tensor:
+        """See the class."""
+        gate, up = x.chunk(2, dim=-1)
+        return silu(gate) * up
+
+    def _kernel(self, make: Any) -> Any:
+        return make.swiglu()
+
+
+class GELU(RowFunction):
+    """GPT-2's GELU, by way of tanh (arXiv:1606.08415)."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        """See `gelu_tanh`."""
+        return gelu_tanh(x)
+
+    def _kernel(self, make: Any) -> Any:
+        return make.gelu()
 
 
 def silu(x: Tensor) -> Tensor:
     """x / (1 + exp(-x)), elementwise."""
-    return x / x.neg().exp_().add_(1)
+    return x / (x.neg().exp() + 1)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), elementwise: GPT-2's GELU."""
+    """x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), elementwise."""
     inner = torch.addcmul(x, x * x, x, value=0.044715).mul_(math.sqrt(2 / math.pi))
-    return inner.tanh_().add_(1).mul_(x).mul_(0.5)
+    return (inner.tanh() + 1).mul(x).mul_(0.5)
+
+
+def turn(x: Tensor, angles: Tensor) -> Tensor:
+    """Neighbouring pairs of channels, turned by position.
+
+    Args:
+        x: f32 [T, H, D]; may be overwritten.
+        angles: complex64 [T, 1, D/2], of length 1 each but for a model's own factor.
+
+    Returns:
+        f32 [T, H, D].
+    """
+    module = native()
+    tokens, heads, width = x.shape
+    within = x.stride(2) == 1 and x.stride(1) == width
+    if module is None or not x.is_cpu or x.requires_grad or not within:
+        return torch.view_as_real(torch.view_as_complex(torch.unflatten(x, -1, (-1, 2))) * angles).flatten(-2)
+    assert x.dtype == torch.float32 and angles.is_contiguous() and angles.shape == (tokens, 1, width // 2)
+    module.turn(x.data_ptr(), x.stride(0), tokens, heads, width, angles.data_ptr())
+    return x
