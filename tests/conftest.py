@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import settings
 
-from kvik.ops import native
+from kvik.ops import loader
 
 # For the processes that tests start: torch's idle workers give the core back soon. Set before torch loads in them.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -13,7 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 settings.register_profile("kvik", derandomize=True, deadline=None)
 settings.load_profile("kvik")
 
-BACKENDS = ["reference", *(["native"] if native.built() else [])]
+BACKENDS = ["reference", *(["native"] if loader.built() else [])]
 
 
 @pytest.fixture(params=BACKENDS)

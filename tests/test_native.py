@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from helpers import KV, Toy, cache_of, make_cache, sees, shapes, text
 from kvik.cache.spec import LayerShape, Spec
 from kvik.errors import UsageError
-from kvik.ops import backend, native, reference
+from kvik.ops import backend, loader, native, reference
 from kvik.ops import pages as paged
 from kvik.ops.codecs import unrotated
 from kvik.ops.reads import Member, Reads
 
-pytestmark = pytest.mark.skipif(not native.built(), reason="the kernels are not built")
-KERNELS = native._module()
+pytestmark = pytest.mark.skipif(loader.built() is None, reason="the kernels are not built")
+KERNELS = loader.built()
 ISAS = KERNELS.available() if KERNELS else []
 WIDTHS = (16, 24, 32, 40, 64, 80, 96, 128, 256)
 
@@ -340,7 +340,7 @@ def test_the_reference_serves_where_it_is_asked_to(monkeypatch):
 
 
 def test_without_kernels_everything_is_served_and_asking_for_them_is_an_error(monkeypatch):
-    monkeypatch.setattr(native, "_module", lambda: None)
+    monkeypatch.setattr(loader, "built", lambda: None)
     monkeypatch.delenv("KVIK_OPS", raising=False)
     assert backend.backend(torch.device("cpu")) is reference
     monkeypatch.setenv("KVIK_OPS", "native")
@@ -350,7 +350,7 @@ def test_without_kernels_everything_is_served_and_asking_for_them_is_an_error(mo
 
 @pytest.mark.parametrize("name", ISAS)
 def test_an_instruction_set_can_be_forced(name):
-    code = "from kvik.ops import native; native.check_isa(); print(native._module().isa())"
+    code = "from kvik.ops import loader; print(loader.chosen().isa())"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "KVIK_ISA": name}, capture_output=True, text=True, check=True
     )

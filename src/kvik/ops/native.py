@@ -1,26 +1,22 @@
 """Append, attend and compact by the C++ kernels (`native/`), over pages of a CPU, exactly as `ops/reference.py` says.
 
 What the kernels leave to the reference, so that they stay small: attention mass; layouts of other streams than `k` and
-`v`; heads wider than 512. KVIK_ISA forces an instruction set; `built` and `isa` say what there is.
+`v`; heads wider than 512.
 
 Addresses are handed over as integers, everything checked here: a tensor through DLPack costs more than a short product.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import lru_cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvik.errors import UsageError
+from kvik.ops import loader, reference
 from kvik.ops import reads as described
-from kvik.ops import reference
 from kvik.ops.layout import RowLayout
 from kvik.ops.reads import Partial, Reads
 
@@ -29,38 +25,11 @@ _WIDEST = 512
 _FAR = 1 << 60  # a window that hides nothing
 
 
-@lru_cache(maxsize=1)
-def _module() -> ModuleType | None:
-    try:
-        return import_module("kvik._native")
-    except ImportError:
-        return None
-
-
-def built() -> bool:
-    """Whether the kernels are there."""
-    return _module() is not None
-
-
-def check_isa() -> None:
-    """Uses the instruction set that KVIK_ISA names, or else the best one that the machine has.
-
-    Raises:
-        UsageError: it is not built, or not on this machine.
-    """
-    module: Any = _module()
-    assert module is not None, "asked only where the kernels are built"
-    known = module.available()
-    asked = os.environ.get("KVIK_ISA", "") or known[-1]
-    if not module.use(asked):
-        raise UsageError(f"KVIK_ISA={asked!r} is not available here; use {', '.join(known)}, or leave it out")
-
-
 class Plan:
     """See `ops.reads.Plan`."""
 
     def __init__(self, pages: Tensor, reads: Reads) -> None:
-        module: Any = _module()
+        module: Any = loader.built()
         assert pages.dtype == torch.uint8 and pages.is_contiguous(), "pages are bytes"
         self._pages, self._reads = pages, reads  # held: the plan below knows addresses only
         members = []
@@ -132,7 +101,7 @@ def compact(pages: Tensor, layout: RowLayout, size: int, source: Tensor, target:
     if not _serves(layout):
         reference.compact(pages, layout, size, source, target)
         return
-    module: Any = _module()
+    module: Any = loader.built()
     source, target = source.contiguous(), target.contiguous()
     assert source.dtype == target.dtype == torch.int64 and source.shape == target.shape, "a target for each source"
     assert pages.dtype == torch.uint8 and pages.is_contiguous(), "pages are bytes"
