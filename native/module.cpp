@@ -2,6 +2,7 @@
 #include "bind.h"
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false); // what lives until the process ends is not a leak
     m.doc() = "kvik's CPU kernels; use them through kvik.ops.native";
     m.def("built", &kvik::built, "Instruction sets that were built, worst first.");
     m.def("available", &kvik::available, "Those of them that this machine has.");

@@ -11,7 +11,7 @@ namespace kvik {
 namespace {
 
 constexpr int ROWS = 96;      // query rows of a block, about: enough to pay for reading a tile, few enough for L2
-constexpr int SHARES = 4;     // tasks a thread, at least, so that a slow one does not hold up the others
+constexpr int SHARES = 8;     // tasks a thread, at least, so that a slow one does not hold up the others
 constexpr int APPENDED = 128; // rows of a task
 
 // A block's tiles, divided over tasks. The last task to end merges them.

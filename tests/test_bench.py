@@ -17,9 +17,9 @@ import kvik.cli
 from kvik.bench import measure
 from kvik.bench.counting import Counts, Tally
 from kvik.bench.fit import fit, grid, reached, smallest_errors, whole_text
-from kvik.cache.retention import Retention
 from kvik.models.config import Config
 from kvik.models.model import Model
+from kvik.ops.reads import Reads
 from kvik.plan.work import Arithmetic
 
 SIZES = {"vocab_size": 258, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
@@ -82,9 +82,9 @@ def test_what_is_counted_equals_the_formulas(kv, window):
     assert growth.bounded == (window is not None or "window" in kv)
 
 
-def test_a_mask_that_shows_too_much_is_counted(monkeypatch):
+def test_a_mask_that_shows_too_much_is_counted(monkeypatch, plain):
     model = tiny()
-    monkeypatch.setattr(Retention, "visible", lambda self, asking, held: asking >= held)
+    monkeypatch.setattr(Reads, "visible", lambda self, asking, held: asking >= held)
     growth = measure(model, ids(40), kv="bf16+window:16", batch=(1,), rounds=1)
     assert "with a cache" in next(growth.differences())
 
@@ -114,18 +114,6 @@ def test_a_batch_is_counted_as_its_formula_says(model):
     assert (tally.rows.sum(), tally.pairs.sum()) == (work.rows, work.pairs) == (3 * LANES, 3 * 34 * HEADS)
 
 
-def test_slots_are_whole_tiles_and_bounded_by_a_window(model):
-    growth = measure(model, ids(300), kv="bf16+window:64", batch=(1,), rounds=1)
-    assert max(growth.slots) == 256, "a window of 64 lies in two tiles of 128 at the most"
-    tally, cache = Tally(300, 2, SHARED), model.cache("bf16", shares=False)
-    with cache.open() as sequence:
-        for length, slots in ((1, 128), (128, 128), (129, 256), (257, 512)):
-            if length - 1 > len(sequence):
-                model.run([(sequence, ids(length - 1)[len(sequence) :])])
-            model.run([(sequence, [5])], watch=tally.watch)
-            assert tally.slots == LANES * slots
-
-
 def test_watching_changes_no_logit(model):
     with model.cache("bf16").open() as a, model.cache("bf16").open() as b:
         plain, watched = model.run([(a, ids(40))]), model.run([(b, ids(40))], watch=Tally(40, 2, SHARED).watch)
@@ -144,11 +132,10 @@ def test_progress_goes_up_to_the_end_and_never_back(model):
 # Times: fits, sums, crossings.
 
 
-@pytest.mark.parametrize("true", [(0.015, 0.004, 6e-6), (0.01, 0.0, 2e-6), (0.02, 0.0, 0.0)])
+@pytest.mark.parametrize("true", [(0.015, 6e-6), (0.01, 2e-9), (0.02, 0.0)])
 def test_the_fit_finds_the_constants_that_made_the_times(true):
     lengths = grid(2048)
-    slots = [128 * 2 ** max(0, (-(-n // 128) - 1).bit_length()) for n in lengths]
-    terms = {"step": [1.0] * len(lengths), "merging": [float(s > 128) for s in slots], "slot": slots}
+    terms = {"step": [1.0] * len(lengths), "row": [float(n) for n in lengths]}
     seconds = np.array(list(terms.values())).T @ true
     found = fit(terms, seconds, lengths)
     np.testing.assert_allclose(found.constants, true, rtol=1e-6, atol=1e-12)

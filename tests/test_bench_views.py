@@ -37,8 +37,7 @@ def synthetic(tokens=1024, kv="bf16"):
                  for n, w, r in zip(lengths, texts, read, strict=True)]  # fmt: skip
         return Side(tuple(each), tuple(whole), tuple(Seconds(s, s, s) for s in seconds), tuple(held))
 
-    slots = tuple(float(-(-n // 128) * 128) for n in lengths)
-    cached = side(True, [0.015 + 8e-6 * s for s in slots])
+    cached = side(True, [0.015 + 8e-6 * specs[0].groups[0].retention.rows(n) for n in lengths])
     products = [arithmetic.step(n, cached=False).products for n in lengths]
     without = side(False, [0.015 * -(-n // 512) + 7e-12 * each for n, each in zip(lengths, products, strict=True)])
     batches = tuple(
@@ -46,7 +45,7 @@ def synthetic(tokens=1024, kv="bf16"):
         for b in (1, 2, 4, 8)
     )
     where = Environment("A processor", "cpu", 2, "2.13.0", "3.12")
-    return Growth("smollm2", kv, "int4", where, 3, lengths, arithmetic, cached, without, slots, 128, batches)
+    return Growth("smollm2", kv, "int4", where, 3, lengths, arithmetic, cached, without, 128, batches)
 
 
 def printed(growth, width=80, **options):

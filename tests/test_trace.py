@@ -89,7 +89,7 @@ def test_a_recomputation_of_another_text_is_seen(monkeypatch):
         check_same("bf16")
 
 
-def test_rows_that_share_a_scale_are_seen(monkeypatch):
+def test_rows_that_share_a_scale_are_seen(monkeypatch, plain):
     def shared(x):
         scale = (x.abs().amax() / 127).to(torch.bfloat16).expand(*x.shape[:-1], 1)
         return (x / scale).round().to(torch.int8).view(torch.uint8), scale.contiguous().view(torch.uint8)
@@ -121,12 +121,12 @@ def check_weights(trace):
 
 
 @over_specs
-def test_weights_times_values_are_the_output(kv):
+def test_weights_times_values_are_the_output(kv, plain):
     check_weights(traced(text(11), kv=kv, prefill=3))
 
 
 @over_families
-def test_weights_times_values_are_the_output_in_every_family_and_over_tiles(family):
+def test_weights_times_values_are_the_output_in_every_family_and_over_tiles(family, plain):
     check_weights(traced(text(20), family, kv="k8v4", prefill=17))
     check_weights(traced(text(150), family, kv="bf16+window:30,sinks:2; page 16", prefill=149))
 

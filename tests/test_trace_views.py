@@ -280,7 +280,7 @@ def test_the_page_runs_in_a_browser(tmp_path):
     assert "data-hacked" not in html.split("<body>")[0]
 
 
-def test_the_smallest_model_has_a_trace():
+def test_the_smallest_model_has_a_trace(plain):
     model = tiny(layers=1, heads=1, lanes=1)
     trace = collect(model, [7], kv="int8")
     assert trace.frames[0].looks[0].weights.tolist() == [[[1.0]]]

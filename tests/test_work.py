@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kvik.cache.spec import LayerShape, Spec
 from kvik.models.config import Config
 from kvik.models.model import Model
+from kvik.ops import reads
 from kvik.plan.work import Arithmetic, Work
 
 ROW, HEAD, HELD = 1000, 300, 5000  # weights of all layers, of the head; bytes of all
@@ -37,6 +38,10 @@ SPECS = [
 over_specs = pytest.mark.parametrize(("kv", "windows"), SPECS)
 
 
+def visible_rows(query, tokens, kept):
+    return reads.visible(np.array(query), np.arange(tokens), kept.window, kept.sinks)
+
+
 def brute(model, tokens, cached, chunk, batch):
     """The same step, query by query and row by row."""
     spec, rows, pairs, attention, read = model.spec if cached else model.plain, 0, 0, 0, 0
@@ -46,7 +51,7 @@ def brute(model, tokens, cached, chunk, batch):
             rows += tokens - first
             seen = set()
             for query in range(first, tokens):
-                visible = group.retention.visible(np.array(query), np.arange(tokens)).nonzero()[0].tolist()
+                visible = visible_rows(query, tokens, group.retention).nonzero()[0].tolist()
                 seen |= set(visible)
                 pairs += model.shared * len(visible)
                 widths = [stream.width for stream in group.layout.streams]  # a score, and a value mixed: 2 a channel

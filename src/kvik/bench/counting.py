@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kvik.models.watch import Chunk, Watch
-from kvik.ops.reference import Partial
+from kvik.ops.reads import Partial
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,6 @@ class Tally:
         passed: int64 [positions], layers that a token passed.
         rows: int64 [positions], rows of k and of v that it left.
         pairs: int64 [positions], rows that its queries saw, added up over heads.
-        slots: of all lanes, through which the queries of the latest run went: whole tiles, seen or not. Of runs of one
-            token each it is what they read.
     """
 
     def __init__(self, tokens: int, layers: int, shared: int) -> None:
@@ -63,11 +61,9 @@ class Tally:
         """
         self.layers, self.shared = layers, shared
         self.passed, self.rows, self.pairs = (np.zeros(tokens, np.int64) for _ in range(3))
-        self.slots = 0
 
     def watch(self, step: Chunk) -> Counting:
         """For `Model.run`: counts one step."""
-        self.slots = 0
         return Counting(step, self)
 
     def step(self, tokens: int, *, cached: bool) -> Counts:
@@ -102,9 +98,8 @@ class Counting(Watch):
 
     def attend(self, layer: int, q: Tensor, **options: Any) -> Partial:
         """Passes the queries on, after it has asked how many rows each of them sees."""
-        asked = super().attend(layer, torch.zeros_like(q), scale=1.0, want_lse=True, want_mass=True)
-        assert asked.lse is not None and asked.mass is not None, "both were asked for"
+        asked = super().attend(layer, torch.zeros_like(q), scale=1.0, want_lse=True)
+        assert asked.lse is not None, "it was asked for"
         seen = asked.lse.double().exp().round().sum(dim=1)
         np.add.at(self.tally.pairs, self.positions, seen.long().cpu().numpy())
-        self.tally.slots += sum(mass.numel() for mass in asked.mass)
         return super().attend(layer, q, **options)

@@ -2,8 +2,7 @@
 
 The time models, one step each:
 
-    with a cache    step + merging · [more than one tile] + slot · slots       slots: rows as attention goes through
-                                                                               them, whole tiles (counted, a lane)
+    with a cache    step + row · rows                                          rows that a lane's query sees (counted)
     without         chunk · chunks + product · products + pair · pairs         products, pairs: by `plan.work`;
                                                                                chunks: ceil(n / 512), each reads all
                                                                                weights: no step is shorter than one

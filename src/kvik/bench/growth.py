@@ -16,7 +16,6 @@ from kvik.bench.counting import Counts
 from kvik.bench.fit import TimeModel, fit, reached, whole_text
 from kvik.cache.spec import Bytes
 from kvik.engine.generation import CHUNK
-from kvik.ops.reference import TILE
 from kvik.plan.work import Arithmetic, Work
 
 FACTORS = (2, 4)  # speed-ups whose lengths are looked for
@@ -100,7 +99,6 @@ class Growth:
         arithmetic: the formulas for this model.
         cached: with a cache.
         without: without.
-        slots: rows of a lane that attention goes through for the last token with a cache, whole tiles, at each length.
         context: tokens of each sequence in `batches`.
         batches: by number of sequences.
     """
@@ -114,7 +112,6 @@ class Growth:
     arithmetic: Arithmetic
     cached: Side
     without: Side
-    slots: tuple[float, ...]
     context: int
     batches: tuple[Batch, ...]
 
@@ -163,8 +160,8 @@ class Growth:
     @cached_property
     def cached_model(self) -> TimeModel:
         """What a step with a cache should take; see `kvik.bench.fit`."""
-        several = [float(slots > TILE) for slots in self.slots]
-        terms = {"step": [1.0] * len(self.lengths), "merging": several, "slot": self.slots}
+        lanes = sum(len(group.lanes) for group in self.arithmetic.spec.groups)
+        terms = {"step": [1.0] * len(self.lengths), "row": [count.read / lanes for count in self.cached.steps]}
         return fit(terms, self.cached.medians, self.lengths)
 
     @cached_property

@@ -272,9 +272,9 @@ def _one_more(axes: Axes, growth: Growth) -> None:
     middle = math.sqrt(growth.cached.medians[-1] * growth.without.medians[-1])
     label(axes, growth.tokens, middle, times_text(growth.step_gain[-1]), INK, dx=-5, ha="right", size=11)
     constant = growth.cached_model.constant
-    if constant["slot"] > 0:
-        more = time_text(1000 * constant["slot"])
-        text = f"A step is not constant with a cache: + {more} for each 1,000 rows, read in whole tiles"
+    if constant["row"] > 0:
+        more = time_text(1000 * constant["row"])
+        text = f"A step is not constant with a cache: + {more} for each 1,000 rows that it reads"
         axes.annotate(text, (0.012, 0.035), xycoords="axes fraction", size=8.5, color=WITH)
     axes.set_xlabel("tokens of context", size=8.5, color=SOFT, labelpad=3)
 

@@ -57,7 +57,7 @@ def measure(
     model.check_context(len(ids))
     total = 2 * len(ids) + rounds * (len(ids) + sum(lengths) + 2 * context * sum(batch))
     runs = _Runs(model, list(ids), kv, show, total)
-    cached, held, slots = runs.count_with(lengths)
+    cached, held = runs.count_with(lengths)
     without, held_without = runs.count_without(lengths)
     times = runs.rounds(lengths, rounds)
     return Growth(
@@ -70,7 +70,6 @@ def measure(
         arithmetic=Arithmetic.of(model, kv),
         cached=_side(lengths, cached, times[0], held, cached=True),
         without=_side(lengths, without, times[1], held_without, cached=False),
-        slots=slots,
         context=context,
         batches=runs.batches(batch, context, rounds),
     )
@@ -83,19 +82,17 @@ class _Runs:
         self.model, self.ids, self.kv = model, ids, kv
         self._show, self._done, self._total = show, 0, total
 
-    def count_with(self, lengths: Seq[int]) -> tuple[Tally, tuple[Bytes, ...], tuple[float, ...]]:
-        """One walk with a cache: what was counted; bytes held, and slots of a lane gone through, at each length."""
-        tally, held, slots = self._tally(), [], []
+    def count_with(self, lengths: Seq[int]) -> tuple[Tally, tuple[Bytes, ...]]:
+        """One walk with a cache: what was counted; bytes held at each length."""
+        tally, held = self._tally(), []
         cache = self.model.cache(self.kv, shares=False)
-        lanes = sum(len(group.lanes) for group in cache.spec.groups)
         with cache.open() as sequence:
             for length in lengths:
                 self._say("counting with a cache")
                 self._advance([sequence], length - 1, tally.watch)
                 self._advance([sequence], length, tally.watch)
                 held.append(cache.nbytes)
-                slots.append(tally.slots / lanes)
-        return tally, tuple(held), tuple(slots)
+        return tally, tuple(held)
 
     def count_without(self, lengths: Seq[int]) -> tuple[Tally, tuple[Bytes, ...]]:
         """The longest step without a cache: what was counted; bytes held while a step of each length runs."""

@@ -169,11 +169,10 @@ def _faster(growth: Growth, reaches: Callable[[float], float | None], last: floa
 def step_verdict(growth: Growth) -> str:
     """How a step with a cache grows."""
     constant = growth.cached_model.constant
-    base, more = time_text(constant["step"]), time_text(1000 * constant["slot"])
-    merging = f" + {time_text(constant['merging'])} to merge tiles" if constant["merging"] else ""
-    if constant["slot"] == 0:
-        return f"{base}{merging} with a cache; up to {growth.tokens // 2:,} tokens no cost of rows shows"
-    return f"grows with a cache too: {base}{merging} + {more} for 1,000 rows"
+    base, more = time_text(constant["step"]), time_text(1000 * constant["row"])
+    if constant["row"] == 0:
+        return f"{base} with a cache; up to {growth.tokens // 2:,} tokens no cost of rows shows"
+    return f"grows with a cache too: {base} + {more} for 1,000 rows"
 
 
 def _equal(length: int | None, what: str) -> str:

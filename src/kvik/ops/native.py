@@ -37,7 +37,9 @@ class Plan:
             table, logical = member.pages, member.logical
             assert table.dtype == logical.dtype == "int32", "tables are int32"
             assert table.flags.c_contiguous and logical.flags.c_contiguous, "tables lie without gaps"
-            assert member.start + member.count < 1 << 31, "positions fit 31 bits"
+            end = member.start + member.count
+            assert end < 1 << 31, "positions fit 31 bits"
+            assert (int(logical[-1]) + 1) * reads.page_size >= end, "there are columns for all new tokens"
             members += [table.ctypes.data, logical.ctypes.data, table.shape[1], member.start, member.count]
         self._key, self._value = reads.layout.streams
         self._tokens = reads.tokens

@@ -64,11 +64,7 @@ class Reads:
 
     def visible(self, asking: NDArray[np.int64], held: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The mask, made of positions alone: which held rows each asking query sees; the two broadcast."""
-        back = asking - held
-        seen = back >= 0
-        if self.window is not None:
-            seen &= (back < self.window) | (held < self.sinks)
-        return np.asarray(seen)
+        return visible(asking, held, self.window, self.sinks)
 
     def slots(self) -> NDArray[np.int64]:
         """int64 [lanes, T]: page · N + slot of every new row."""
@@ -78,6 +74,15 @@ class Reads:
             columns = np.searchsorted(member.logical, positions // size)
             parts.append(member.pages[:, columns].astype(np.int64) * size + positions % size)
         return np.concatenate(parts, axis=1)
+
+
+def visible(asking: NDArray[np.int64], held: NDArray[np.int64], window: int | None, sinks: int) -> NDArray[np.bool_]:
+    """Which held rows each asking query sees, by position alone; the two broadcast."""
+    back = asking - held
+    seen = back >= 0
+    if window is not None:
+        seen &= (back < window) | (held < sinks)
+    return np.asarray(seen)
 
 
 @dataclass(frozen=True)

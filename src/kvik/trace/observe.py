@@ -17,7 +17,7 @@ from torch import Tensor
 from kvik.cache.retention import Retention
 from kvik.cache.spec import Spec
 from kvik.models.watch import Chunk, Watch
-from kvik.ops.reference import Partial
+from kvik.ops.reads import Partial, visible
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Tally:
         for lane in lanes:
             kept = self.retained[layer, lane]
             if kept not in seen:
-                seen[kept] = int(kept.visible(asking, held).sum())
+                seen[kept] = int(visible(asking, held, kept.window, kept.sinks).sum())
             self._pairs[layer, lane * shared : (lane + 1) * shared] += seen[kept]
 
 

@@ -19,6 +19,7 @@ from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Bytes
 from kvik.errors import ModelError, UsageError
 from kvik.models.model import Model
+from kvik.ops.reads import visible
 from kvik.trace.observe import Counted, Tally, retained
 
 MOST_TOKENS = 512  # every step is shown, and each computes the whole text again: more would neither end nor be read
@@ -294,7 +295,8 @@ def _look(tally: Tally, sequence: KVSequence, layer: int, rows: dict[str, Tensor
     k = torch.zeros(lanes, n, width)  # by position; nobody sees a row that is not there
     k[:, rows["positions"]] = rows["k"].cpu()
     asking, every = asked.positions.numpy()[:, None], np.arange(n)[None, :]
-    seen = torch.from_numpy(np.stack([tally.retained[layer, lane].visible(asking, every) for lane in range(lanes)]))
+    kept = [tally.retained[layer, lane] for lane in range(lanes)]
+    seen = torch.from_numpy(np.stack([visible(asking, every, each.window, each.sinks) for each in kept]))
     new = rows["positions"] >= start
     return Look(
         layer=layer,
