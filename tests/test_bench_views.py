@@ -131,7 +131,7 @@ def test_the_step_picture_says_how_a_step_grows(tmp_path, monkeypatch):
         Figure, "savefig", lambda self, *_, **__: words.extend(t.get_text() for t in self.findobj(Text))
     )
     slope(synthetic(), tmp_path / "step.png")
-    for figure in ("2× from 12 tokens", "66.9×", "1.55 s", "23.2 ms", "+ 8.00 ms for each 1,000 rows", "predicted"):
+    for figure in ("2× from 10 tokens", "66.9×", "1.55 s", "23.2 ms", "+ 8.00 ms for each 1,000 rows", "predicted"):
         assert any(figure in each for each in words), figure
 
 
