@@ -81,6 +81,7 @@ struct Block {
     int64_t tiles() const { return sunk() + last() / TILE - oldest() + 1; }
     int64_t tile(int64_t i) const { return i < sunk() ? i : oldest() + i - sunk(); }
     int rows() const { return queries * shared; }
+    bool plain() const { return !bias && softcap == 0; }
 };
 
 struct AttendKernels {

@@ -11,7 +11,8 @@ namespace {
 template <class T> T *at(int64_t address) { return reinterpret_cast<T *>(address); }
 
 kvik::Stream stream(const Integers &x, size_t i) {
-    return {kvik::Kind(x[i]), bool(x[i + 1]), bool(x[i + 2]), int(x[i + 3]), int(x[i + 4]), int(x[i + 5]), x[i + 6], x[i + 7]};
+    const auto small = [&](size_t j) { return int(x[i + j]); };
+    return {kvik::Kind(x[i]), bool(x[i + 1]), bool(x[i + 2]), small(3), small(4), small(5), x[i + 6], x[i + 7]};
 }
 
 kvik::Form form(const Integers &x) { return {int(x[0]), x[1], stream(x, 2), stream(x, 10)}; }
@@ -60,5 +61,6 @@ void bind_attend(nb::module_ &m) {
     m.def("compact", [](int64_t pages, const Integers &layout, int64_t source, int64_t target, int64_t count) {
         kvik::compact(at<uint8_t>(pages), form(layout), at<int64_t>(source), at<int64_t>(target), count);
     });
-    m.def("bandwidth", &bandwidth, nb::arg("address"), nb::arg("bytes"), nb::arg("repeats"), nb::call_guard<nb::gil_scoped_release>());
+    m.def("bandwidth", &bandwidth, nb::arg("address"), nb::arg("bytes"), nb::arg("repeats"),
+          nb::call_guard<nb::gil_scoped_release>(), "Bytes a second that all threads together read; the best of some.");
 }
