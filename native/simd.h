@@ -45,7 +45,11 @@ KVIK_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }
 KVIK_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 // Rounds to the nearest integer, ties to even; |x| < 2^22.
+#if KVIK_LANES == 16
+KVIK_INLINE vi round_int(vf x) { return (vi)_mm512_cvtps_epi32((__m512)x); }
+#else
 KVIK_INLINE vi round_int(vf x) { return as_int(x + 12582912.0f) - 0x4B400000; }
+#endif
 
 #if KVIK_LANES == 16
 KVIK_INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -108,43 +112,60 @@ constexpr bool DOT_BF16 = false;
 KVIK_INLINE vf dot_bf16(vf acc, vi, vi) { return acc; }
 #endif
 
-// Lanes of a vector, one after another by halves: a fixed order.
-KVIK_INLINE float sum(vf x) {
-    float lane[VL];
-    store(lane, x);
-    for (int n = VL / 2; n; n /= 2)
-        for (int i = 0; i < n; ++i)
-            lane[i] += lane[i + n];
-    return lane[0];
+// All lanes as one: halves are joined until one is left, a fixed order.
+template <class V, class Join> KVIK_INLINE auto reduce(V x, Join join) {
+    const auto quarter = [&](auto y) __attribute__((always_inline)) {
+        const auto z = join(__builtin_shufflevector(y, y, 0, 1), __builtin_shufflevector(y, y, 2, 3));
+        return join(__builtin_shufflevector(z, z, 0, 0), __builtin_shufflevector(z, z, 1, 1))[0];
+    };
+#if KVIK_LANES == 4
+    return quarter(x);
+#else
+    const auto half = [&](auto y) __attribute__((always_inline)) {
+        return quarter(join(__builtin_shufflevector(y, y, 0, 1, 2, 3), __builtin_shufflevector(y, y, 4, 5, 6, 7)));
+    };
+#if KVIK_LANES == 8
+    return half(x);
+#else
+    return half(join(__builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+                     __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15)));
+#endif
+#endif
 }
-KVIK_INLINE float max_of(vf x) {
-    float lane[VL];
-    store(lane, x);
-    for (int n = VL / 2; n; n /= 2)
-        for (int i = 0; i < n; ++i)
-            lane[i] = lane[i] > lane[i + n] ? lane[i] : lane[i + n];
-    return lane[0];
+KVIK_INLINE float sum(vf x) {
+    return reduce(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 KVIK_INLINE int32_t sum(vi x) {
-    int32_t total = 0;
-    for (int i = 0; i < VL; ++i)
-        total += x[i];
-    return total;
+    return reduce(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+KVIK_INLINE float max_of(vf x) {
+    return reduce(x, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
 
-// 2^x for x <= 0, off by 1e-07 of itself at most; exactly 0 below -126, NaN for NaN.
+// From here down exp2_ is 0: of 16 lanes because 2^-200 is, of fewer because it says so.
+constexpr float LOWEST = VL == 16 ? -200.0f : -126.0f;
+
+// 2^x for x <= 0, off by 1e-07 of itself at most; 0 far below -126, NaN for NaN.
 KVIK_INLINE vf exp2_(vf x) {
-    const vf y = max(splat(-126.0f), x);
+    const vf y = max(splat(LOWEST), x);
+#if KVIK_LANES == 16
+    const vf n = (vf)_mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = y - n;
+#else
     const vf n = y + 12582912.0f;
     const vf r = y - (n - 12582912.0f); // within half a unit of 0
+#endif
     vf p = splat(1.326472721e-03f);
     p = fma(p, r, splat(9.671512812e-03f));
     p = fma(p, r, splat(5.550733745e-02f));
     p = fma(p, r, splat(2.402224208e-01f));
     p = fma(p, r, splat(6.931469776e-01f));
     p = fma(p, r, splat(1.0f));
+#if KVIK_LANES == 16
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     const vf result = p * as_float((as_int(n) + 127) << 23);
-    return select(x < -126.0f, vf{}, result);
+    return select(x < LOWEST, vf{}, result);
+#endif
 }
 
 // Bits of a float rounded to bf16, ties to even, in the high half.
