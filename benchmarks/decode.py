@@ -58,7 +58,7 @@ class Calls(TorchFunctionMode):
 
 def products(model: kvik.Model) -> list[Linear]:
     """Every linear product of one step, in order."""
-    blocks = [[b.qkv, b.o, b.gate_up, b.down] for b in model.decoder.blocks]
+    blocks = [[b.qkv, b.o, b.up, b.down] for b in model.decoder.blocks]
     return [linear for block in blocks for linear in block] + [model.decoder.head]
 
 

@@ -1,7 +1,8 @@
-// What Python sees of plan.h. A layout comes as integers, in the order of `ops/native.py`.
+// What Python sees of plan.h and layer.h. A layout comes as integers, in the order of `ops/native.py`.
 #include <chrono>
 
 #include "bind.h"
+#include "layer.h"
 #include "plan.h"
 
 using Integers = std::vector<int64_t>;
@@ -57,6 +58,18 @@ void bind_attend(nb::module_ &m) {
             nb::gil_scoped_release free;
             self.attend(first, lanes, shared, at<float>(q), q_token, {scale, softcap, at<float>(bias), reach},
                         at<float>(out), at<float>(lse));
+        });
+    nb::class_<kvik::Layer>(m, "Layer", "A layer's weights and functions; see layer.h. They are kept alive.")
+        .def("__init__",
+             [](kvik::Layer *self, const kvik::Weight &qkv, const kvik::Weight &o, const kvik::Weight &up,
+                const kvik::Weight &down, const kvik::RowFunction &attention_norm, const kvik::RowFunction &mlp_norm,
+                const kvik::RowFunction &activation, int heads, int lanes, int width, float scale) {
+                 new (self) kvik::Layer{&qkv, &o, &up, &down, attention_norm, mlp_norm, activation, heads, lanes, width, scale};
+             },
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
+        .def("run", [](const kvik::Layer &self, const kvik::Plan &plan, int first, int64_t x, int64_t rows, int64_t angles) {
+            nb::gil_scoped_release free;
+            self.run(plan, first, at<float>(x), rows, at<float>(angles));
         });
     m.def("compact", [](int64_t pages, const Integers &layout, int64_t source, int64_t target, int64_t count) {
         kvik::compact(at<uint8_t>(pages), form(layout), at<int64_t>(source), at<int64_t>(target), count);

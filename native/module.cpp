@@ -12,6 +12,6 @@ NB_MODULE(_native, m) {
     m.def("set_threads", &kvik::set_threads, nb::arg("count"));
     m.def("spin", &kvik::spin, "Microseconds that an idle thread looks for work before it sleeps.");
     m.def("set_spin", &kvik::set_spin, nb::arg("microseconds"));
-    bind_attend(m);
     bind_linear(m);
+    bind_attend(m);
 }

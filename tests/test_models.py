@@ -7,6 +7,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kvik.errors import ContextError, UsageError
 from kvik.models.config import Config
 from kvik.models.model import Model
+from kvik.models.watch import Watch
+from kvik.ops.loader import native
 
 SIZES = dict(vocab_size=157, hidden_size=64, intermediate_size=112, num_hidden_layers=3, max_position_embeddings=512)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
@@ -139,3 +141,27 @@ def test_token_ids_outside_the_vocabulary_are_refused(pair):
     _, model = pair
     with model.cache("f32", memory=8 << 20).open() as sequence, pytest.raises(UsageError, match="0 to 156"):
         model.run([(sequence, [5, 157])])
+
+
+@pytest.mark.parametrize(("family", "weights"), [("llama", "int4"), ("llama", "int8"), ("gpt2", "int4")])
+@pytest.mark.parametrize("kv", ["f32", "k8v4; layers 1 heads 0: bf16"])
+def test_a_layer_in_one_call_has_the_bits_of_its_parts(family, weights, kv):
+    if native() is None:
+        pytest.skip("there is no such call without the kernels")
+    model = ours({"llama": llama, "gpt2": gpt2}[family](), weights)
+    prompts, found, through = [tokens(40), tokens(7, 1)], [], []
+
+    class Counted(Watch):
+        def through(self, layer, fused, x, angles):
+            through.append(self.step.through(layer, fused, x, angles))
+            return through[-1]
+
+    for watch in (Counted, Watch):
+        cache = model.cache(kv)
+        sequences = [cache.open() for _ in prompts]
+        out = [model.run(list(zip(sequences, prompts, strict=True)), watch=watch, every=True)]
+        out += [model.run([(s, [3 + i]) for s in sequences], watch=watch) for i in range(3)]
+        found.append(torch.cat(out))
+    assert torch.equal(found[0], found[1])
+    mixed = "heads" in kv  # a layer whose lanes lie in two groups goes part by part
+    assert through == [layer != 1 or not mixed for _ in range(4) for layer in range(model.config.layers)]

@@ -21,6 +21,7 @@ from torch import Tensor
 from kvik.cache.sequence import Sequence
 from kvik.cache.spec import Group, Spec
 from kvik.errors import SequenceError
+from kvik.ops.fused import Fused
 from kvik.ops.reads import Member, Partial, Reads
 
 if TYPE_CHECKING:
@@ -162,6 +163,20 @@ class Step:
                 bias=bias if mine is None or bias is None else bias[mine], want_lse=want_lse, want_mass=want_mass,
             )))  # fmt: skip
         return results[0][1] if results[0][0] is None else _joined(results, q.shape[1])
+
+    def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
+        """Append, attend and all around them in one call, where the cache's device and the layer's lanes allow it.
+
+        Arguments and result: `ops.reads.Plan.through`.
+        """
+        self._check_open(layer)
+        part, *others = self.cache.parts[layer]
+        if others or part.heads is not None:
+            return False
+        done = self._plans[part.group].through(part.lanes, fused, x, angles)
+        if done:
+            self._done.add(layer)
+        return done
 
     def _check(self) -> None:
         for sequence in self.sequences:

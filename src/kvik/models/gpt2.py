@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvik.cache.spec import LayerShape
 from kvik.models.config import Config
+from kvik.models.layer import Layer
 from kvik.models.parts import Source
 from kvik.models.watch import Chunk
 from kvik.ops.pointwise import GELU, LayerNorm
@@ -21,18 +22,21 @@ def norm(source: Source, name: str, config: Config) -> LayerNorm:
     return LayerNorm(source.vector(f"{name}.weight"), source.vector(f"{name}.bias"), config.norm_eps)
 
 
-class Block:
-    """One layer's weights."""
-
-    def __init__(self, config: Config, source: Source, layer: int) -> None:
-        name = f"h.{layer}"
-        self.attention_norm = norm(source, f"{name}.ln_1", config)
-        self.qkv = source.linear(f"{name}.attn.c_attn", bias=True, flip=True)
-        self.o = source.linear(f"{name}.attn.c_proj", bias=True, flip=True)
-        self.mlp_norm = norm(source, f"{name}.ln_2", config)
-        self.fc = source.linear(f"{name}.mlp.c_fc", bias=True, flip=True)
-        self.gelu = GELU()
-        self.proj = source.linear(f"{name}.mlp.c_proj", bias=True, flip=True)
+def block(config: Config, source: Source, layer: int) -> Layer:
+    """One layer, from its weights."""
+    name = f"h.{layer}"
+    return Layer(
+        attention_norm=norm(source, f"{name}.ln_1", config),
+        qkv=source.linear(f"{name}.attn.c_attn", bias=True, flip=True),
+        o=source.linear(f"{name}.attn.c_proj", bias=True, flip=True),
+        mlp_norm=norm(source, f"{name}.ln_2", config),
+        up=source.linear(f"{name}.mlp.c_fc", bias=True, flip=True),
+        activation=GELU(),
+        down=source.linear(f"{name}.mlp.c_proj", bias=True, flip=True),
+        heads=config.heads,
+        kv_heads=config.heads,
+        head_dim=config.head_dim,
+    )
 
 
 class GPT2:
@@ -48,19 +52,14 @@ class GPT2:
         self.layers = [LayerShape(config.heads, (("k", config.head_dim), ("v", config.head_dim)))] * config.layers
         self.embedding = source.embedding("wte")
         self.positions = source.vector("wpe.weight")
-        self.blocks = [Block(config, source, layer) for layer in range(config.layers)]
+        self.blocks = [block(config, source, layer) for layer in range(config.layers)]
         self.norm = norm(source, "ln_f", config)
         self.head = self.embedding if config.tied_embeddings else source.embedding("lm_head")
 
     def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
         """Takes a step's tokens through all layers; see `Llama.forward`."""
-        config = self.config
         positions = torch.tensor(step.positions, device=tokens.device)
         x = self.embedding.rows(tokens) + self.positions[positions]
-        for layer, block in enumerate(self.blocks):
-            qkv = block.qkv(x, after=block.attention_norm).view(len(tokens), 3, config.heads, config.head_dim)
-            q, k, v = qkv.unbind(1)
-            step.append(layer, k=k, v=v)
-            x = block.o(step.attend(layer, q, scale=config.head_dim**-0.5).out.flatten(1), onto=x)
-            x = block.proj(block.fc(x, after=block.mlp_norm), after=block.gelu, onto=x)
+        for index, layer in enumerate(self.blocks):
+            x = layer(step, index, x)
         return self.head(x[rows], after=self.norm)

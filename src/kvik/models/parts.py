@@ -36,10 +36,6 @@ class Rotation:
         turns = torch.tensor(positions, dtype=torch.float64).unsqueeze(1) * self.frequencies
         return torch.polar(torch.full_like(turns, self.factor), turns).to(torch.complex64).unsqueeze(1).to(self.device)
 
-    def turn(self, x: Tensor, angles: Tensor) -> Tensor:
-        """f32 [T, H, D] by the angles of its T positions; x may be overwritten."""
-        return pointwise.turn(x, angles)
-
 
 def paired(weight: Tensor | GroupQuantized, heads: int) -> Tensor | GroupQuantized:
     """A projection [H·D, K] (or bias [H·D]) with each head's channels in the order 0, D/2, 1, D/2 + 1, …"""

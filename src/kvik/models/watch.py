@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kvik.ops.fused import Fused
 from kvik.ops.reads import Partial
 
 
@@ -31,6 +32,9 @@ class Chunk(Protocol):
         want_mass: bool = False,
     ) -> Partial:
         """Attention of the new tokens over all rows that they may see; see `Step.attend`."""
+
+    def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
+        """Both, and all that is around them in a layer, in one call; False: they are to be called. See `Step.through`."""
 
 
 class Watch:
@@ -71,3 +75,7 @@ class Watch:
         return self.step.attend(
             layer, q, scale=scale, softcap=softcap, bias=bias, want_lse=want_lse, want_mass=want_mass
         )
+
+    def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
+        """Never: what is watched passes one by one."""
+        return False

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvik.ops import loader, reference
 from kvik.ops import reads as described
+from kvik.ops.fused import Fused
 from kvik.ops.layout import RowLayout
 from kvik.ops.reads import Partial, Reads
 
@@ -45,8 +46,8 @@ class Plan:
         self._tokens = reads.tokens
         window = _FAR if reads.window is None else reads.window
         layout = _layout(reads.layout, reads.page_size)
-        plan = module.Plan(pages.data_ptr(), layout, window, reads.sinks, members)
-        self._append, self._attend = plan.append, plan.attend
+        self._plan = module.Plan(pages.data_ptr(), layout, window, reads.sinks, members)
+        self._append, self._attend = self._plan.append, self._plan.attend
 
     def append(self, lanes: slice, rows: Mapping[str, Tensor]) -> None:
         """See `ops.reads.Plan.append`."""
@@ -91,6 +92,19 @@ class Plan:
             slow = reference.plan(self._pages, self._reads)
             mass = slow.attend(lanes, q, scale=scale, softcap=softcap, bias=bias, want_mass=True).mass
         return Partial(out, lse, mass)
+
+    def through(self, lanes: slice, layer: Fused, x: Tensor, angles: Tensor | None) -> bool:
+        """See `ops.reads.Plan.through`."""
+        if (layer.lanes, layer.width, layer.width) != (
+            lanes.stop - lanes.start,
+            self._key.width,
+            self._value.width,
+        ):
+            return False
+        tokens = self._tokens
+        at, turns = layer.check(x, angles, tokens)
+        layer.kernel.run(self._plan, lanes.start, at, tokens, turns)
+        return True
 
 
 def plan(pages: Tensor, reads: Reads) -> described.Plan:

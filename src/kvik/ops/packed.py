@@ -29,6 +29,7 @@ class Packed:
         shape: (N, K).
         codes: uint8 [N / 16, G, bits, 16, 4].
         grid: f16 [N / 16, G, 2 or 1, 16], scale and zero.
+        kernel: the native weight.
     """
 
     def __init__(self, module: ModuleType, weight: Tensor | GroupQuantized, bias: Tensor | None, bits: int) -> None:
@@ -39,7 +40,7 @@ class Packed:
         self.grid = torch.stack([_tiled_grid(each / factor) for each in grid], dim=2).contiguous()
         assert bias is None or (bias.is_contiguous() and bias.dtype == torch.float32)
         addresses = self.codes.data_ptr(), self.grid.data_ptr(), 0 if bias is None else bias.data_ptr()
-        self._kernel: Any = module.Weight(bits, *addresses, factor, *self.shape)
+        self.kernel: Any = module.Weight(bits, *addresses, factor, *self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -65,17 +66,17 @@ class Packed:
         x = x.contiguous()
         if onto is None:
             y = torch.empty((rows, outputs))
-            self._kernel.product(function, x.data_ptr(), width, rows, y.data_ptr(), outputs, False)
+            self.kernel.product(function, x.data_ptr(), width, rows, y.data_ptr(), outputs, False)
             return y
         assert onto.shape == (rows, outputs) and onto.stride(1) == 1 and onto.dtype == torch.float32
-        self._kernel.product(function, x.data_ptr(), width, rows, onto.data_ptr(), onto.stride(0), True)
+        self.kernel.product(function, x.data_ptr(), width, rows, onto.data_ptr(), onto.stride(0), True)
         return onto
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows of the weight as f32 [len(index), K]."""
         index = index.to(torch.int64).contiguous()
         out = torch.empty((index.shape[0], self.shape[1]))
-        self._kernel.lookup(index.data_ptr(), index.shape[0], out.data_ptr())
+        self.kernel.lookup(index.data_ptr(), index.shape[0], out.data_ptr())
         return out
 
 

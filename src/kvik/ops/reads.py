@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik.ops.layout import RowLayout
+
+if TYPE_CHECKING:
+    from kvik.ops.fused import Fused
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,19 @@ class Plan(Protocol):
                 further ones (ALiBi, arXiv:2108.12409; T5, arXiv:1910.10683).
             want_lse: also return the log-sum-exp.
             want_mass: also return the attention mass.
+        """
+
+    def through(self, lanes: slice, layer: Fused, x: Tensor, angles: Tensor | None) -> bool:
+        """Takes the step's tokens through a whole layer, where the backend can: append and attend included.
+
+        Args:
+            lanes: which of the group's lanes are the layer's.
+            layer: its weights and functions.
+            x: f32 [T, width of the model]; changed in place.
+            angles: complex64 [T, 1, D / 2], by which queries and keys are turned; None = not.
+
+        Returns:
+            False where nothing happened, and the caller goes operation by operation.
         """
 
 
