@@ -329,7 +329,9 @@ def test_help_loads_neither_torch_nor_matplotlib(command):
 def test_the_packages_names_can_be_had_and_others_not():
     import kvik.bench
 
-    assert sorted(dir(kvik.bench)) == ["Growth", "curves", "measure", "render", "slope"]
+    assert sorted(dir(kvik.bench)) == [
+        "Growth", "Machine", "curves", "examine", "measure", "render", "render_machine", "slope",
+    ]  # fmt: skip
     assert all(getattr(kvik.bench, name).__doc__ for name in dir(kvik.bench))
     with pytest.raises(AttributeError, match="no attribute 'speed'"):
         kvik.bench.speed  # noqa: B018

@@ -1,11 +1,16 @@
-"""`kvik bench`: what a cache saves and costs, measured on a real model. Names are loaded when they are first used."""
+"""`kvik bench` and `kvik doctor`: what a cache saves and costs, and what the machine is.
+Names are loaded when they are first used.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvik.bench.examination import examine as examine
     from kvik.bench.growth import Growth as Growth
+    from kvik.bench.machine import Machine as Machine
+    from kvik.bench.machine_view import render_machine as render_machine
     from kvik.bench.picture import curves as curves
     from kvik.bench.picture import slope as slope
     from kvik.bench.runs import measure as measure
@@ -13,9 +18,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Growth": "kvik.bench.growth",
+    "Machine": "kvik.bench.machine",
     "curves": "kvik.bench.picture",
+    "examine": "kvik.bench.examination",
     "measure": "kvik.bench.runs",
     "render": "kvik.bench.view",
+    "render_machine": "kvik.bench.machine_view",
     "slope": "kvik.bench.picture",
 }
 __all__ = sorted(_HOMES)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,14 +19,13 @@ from kvik.cli.common import (
     app,
     check_spec,
     load_model,
-    stderr,
+    progress,
     stdout,
 )  # fmt: skip
 from kvik.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from kvik.bench.growth import Growth
-    from kvik.bench.runs import Show
     from kvik.models.model import Model
 
 SHORTEST, MOST_SEQUENCES = 16, 1024
@@ -69,7 +66,7 @@ def cache(
     from kvik.bench import measure, render
 
     name = Path(model).name if Path(model).exists() else model
-    with _progress() as show:
+    with progress() as show:
         growth = measure(loaded, ids, kv=kv, batch=sizes, rounds=rounds, name=name, show=show)
     if as_json:
         print(json.dumps(growth.to_dict(), indent=2))
@@ -137,22 +134,6 @@ def _ids(model: Model, text: str, tokens: int, path: Path | None) -> list[int]:
             f"{where} {len(ids):,} tokens, and --tokens asks for {tokens:,}; give a longer text, or fewer --tokens"
         )
     return ids[:tokens]
-
-
-@contextmanager
-def _progress() -> Iterator[Show]:
-    """A bar that is drawn between measurements only, so that it costs them nothing."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
-    hidden = not sys.stderr.isatty()
-    with Progress(*columns, console=stderr(), transient=True, disable=hidden, auto_refresh=False) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total, refresh=True)
-
-        yield show
 
 
 def _draw(growth: Growth, plot: Path | None, plot_step: Path | None) -> None:
