@@ -52,7 +52,7 @@ def _tokens(axes: Axes, speed: Speed) -> None:
 
 
 def _steps(axes: Axes, speed: Speed) -> None:
-    titled(axes, "Where a step's time goes", "ms a token; the line: no less, at this machine's memory and arithmetic")
+    titled(axes, "Where a step's time goes", "ms a token; the line is the least that this machine allows")
     places = range(len(speed.lengths))
     below = [0.0 for _ in places]
     for text, color, parts in (
