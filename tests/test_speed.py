@@ -196,7 +196,7 @@ def test_by_a_clock_of_ticks_every_figure_is_known(quick):
         assert each.parts.rest == inside - 6 * LAYERS - 1
         assert each.step == same(1.0) and each.prefill == same(1.0)
         assert each.prefill_tokens_per_s == same(each.context)
-    assert speed.rate == same(float(rates.operations(Stopwatch(tiny(), Ticks()).linears[:-1], CHUNK)))
+    assert speed.rate == same(2.0 * CHUNK * speed.arithmetic.row_weights)
     row = 2 * 2 * 2 * 12 * 2  # layers, lanes, k and v, width, bytes
     assert speed.attended(40) == (42 + 44 + 46) / 3 * row
     assert speed.attention_rate(speed.lengths[1]) == speed.attended(40) / LAYERS
