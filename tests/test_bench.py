@@ -8,37 +8,15 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
-from tokenizers.pre_tokenizers import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-import kvik.cli
+from bench_models import check_refused, ids, in_process, tiny, told, write_model
 from kvik.bench import measure
 from kvik.bench.counting import Counts, Tally
 from kvik.bench.fit import fit, grid, reached, smallest_errors, whole_text
-from kvik.models.config import Config
-from kvik.models.model import Model
 from kvik.ops.reads import Reads
 from kvik.plan.work import Arithmetic
 
-SIZES = {"vocab_size": 258, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 700}
 HEADS, LANES, SHARED = 8, 4, 2  # of both layers
-
-
-def tiny(window=None):
-    """A random model, with a window of its own or without."""
-    torch.manual_seed(0)
-    if window is None:
-        theirs = LlamaForCausalLM(LlamaConfig(**SIZES))
-    else:
-        theirs = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window))
-    return Model(Config.from_hf(theirs.config.to_dict(), None, "tiny"), theirs.state_dict(), weights="f32")
-
-
-def ids(count):
-    return torch.randint(258, (count,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -223,22 +201,6 @@ def test_json_has_what_was_measured_and_predicted(measured):
 # The command.
 
 
-def in_process(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["kvik", "bench", "cache", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        kvik.cli.main()
-    return stopped.value.code
-
-
-def check_refused(capsys, code, *wanted):
-    out, errors = capsys.readouterr()
-    assert (code, out) == (2, "")
-    lines = errors.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("kvik: "), errors
-    for text in wanted:
-        assert text in lines[0]
-
-
 REFUSED = {
     "tokens": (["--tokens", 15], ["--tokens 15", "at least 16"]),
     "rounds": (["--rounds", 0], ["--rounds 0", "at least 1"]),
@@ -261,44 +223,37 @@ def test_what_can_not_be_measured_is_refused_before_a_model_is_loaded(case, monk
     (tmp_path / "folder.png").mkdir()
     monkeypatch.setattr("kvik.cli.bench.load_model", lambda *_: pytest.fail("the model was loaded"))
     options, wanted = REFUSED[case]
-    check_refused(capsys, in_process(monkeypatch, *(str(each).format(tmp_path) for each in options)), *wanted)
+    check_refused(capsys, in_process(monkeypatch, "cache", *(str(each).format(tmp_path) for each in options)), *wanted)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model with a tokenizer of bytes."""
-    path = tmp_path_factory.mktemp("models") / "tiny-llama"
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZES)).save_pretrained(path)
-    vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer, backend.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.save(str(path / "tokenizer.json"))
-    return path
+    return write_model(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 def test_the_command_measures_prints_and_draws(monkeypatch, capsys, tmp_path, folder):
     (tmp_path / "text.txt").write_text("What the cache keeps, no step computes again. " * 3)
     common = ["--model", folder, "--text", tmp_path / "text.txt", "--tokens", 40, "--rounds", 1, "--batch", "2,1"]
-    assert in_process(monkeypatch, *common, "--json", "--plot", tmp_path / "all.svg") == 0
+    assert in_process(monkeypatch, "cache", *common, "--json", "--plot", tmp_path / "all.svg") == 0
     out, errors = capsys.readouterr()
     facts = json.loads(out)
     assert (facts["model"], facts["tokens"], facts["weights"]["format"]) == ("tiny-llama", 40, "f32")
     assert [each["sequences"] for each in facts["batch"]["sizes"]] == [1, 2]
     assert facts["with_cache"]["lengths"][-1]["text"]["counted"]["rows"] == 40 * LANES
     assert ElementTree.parse(tmp_path / "all.svg").getroot().tag.endswith("svg")
-    assert errors == f"drawn: {tmp_path / 'all.svg'}\n"
-    assert in_process(monkeypatch, *common, "--plot-step", tmp_path / "step.PNG") == 0
+    assert told(errors) == [f"drawn: {tmp_path / 'all.svg'}"]
+    assert in_process(monkeypatch, "cache", *common, "--plot-step", tmp_path / "step.PNG") == 0
     out, _ = capsys.readouterr()
     assert out.startswith("tiny-llama") and "all 6 lengths" in out
     assert (tmp_path / "step.PNG").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_lengths_beyond_the_model_or_the_text_are_refused(monkeypatch, capsys, tmp_path, folder):
-    code = in_process(monkeypatch, "--model", folder, "--tokens", 701)
+    code = in_process(monkeypatch, "cache", "--model", folder, "--tokens", 701)
     check_refused(capsys, code, "--tokens 701", "700 positions", "at most 700")
     (tmp_path / "short.txt").write_text("twenty-two characters!")
-    code = in_process(monkeypatch, "--model", folder, "--tokens", 23, "--text", tmp_path / "short.txt")
+    code = in_process(monkeypatch, "cache", "--model", folder, "--tokens", 23, "--text", tmp_path / "short.txt")
     check_refused(capsys, code, "short.txt has 22 tokens", "23")
 
 
@@ -307,15 +262,14 @@ def test_a_picture_that_fails_leaves_the_figures(monkeypatch, capsys, tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("kvik.bench.picture.curves", full)
-    code = in_process(
-        monkeypatch, "--model", folder, "--tokens", 16, "--rounds", 1, "--batch", 1, "--plot", tmp_path / "a.png"
-    )
+    options = ["--model", folder, "--tokens", 16, "--rounds", 1, "--batch", 1, "--plot", tmp_path / "a.png"]
+    code = in_process(monkeypatch, "cache", *options)
     out, errors = capsys.readouterr()
     assert code == 2 and "whole text" in out
-    assert errors.count("\n") == 1 and "No space left" in errors
+    assert len(told(errors)) == 1 and "No space left" in errors
 
 
-@pytest.mark.parametrize("command", [[], ["cache"]])
+@pytest.mark.parametrize("command", [[], ["cache"], ["speed"]])
 def test_help_loads_neither_torch_nor_matplotlib(command):
     script = (
         "import sys, kvik.cli\ntry: kvik.cli.main()\nfinally: print({'torch', 'matplotlib', 'numpy'} & {*sys.modules})"
@@ -323,20 +277,24 @@ def test_help_loads_neither_torch_nor_matplotlib(command):
     arguments = [sys.executable, "-c", script, "bench", *command, "--help"]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=20)
     assert done.returncode == 0 and done.stdout.endswith("set()\n"), done.stderr
-    assert "What a cache saves and costs" in done.stdout if not command else "--plot-step" in done.stdout
+    wanted = {"": "What a cache saves and costs", "cache": "--plot-step", "speed": "--contexts"}
+    assert wanted["".join(command)] in done.stdout
 
 
 def test_the_packages_names_can_be_had_and_others_not():
     import kvik.bench
 
-    assert sorted(dir(kvik.bench)) == ["Growth", "curves", "measure", "render", "slope"]
+    assert sorted(dir(kvik.bench)) == [
+        "Growth", "Machine", "Speed", "curves", "draw_speed", "examine", "measure", "measure_speed", "render",
+        "render_machine", "render_speed", "slope",
+    ]  # fmt: skip
     assert all(getattr(kvik.bench, name).__doc__ for name in dir(kvik.bench))
-    with pytest.raises(AttributeError, match="no attribute 'speed'"):
-        kvik.bench.speed  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'speeed'"):
+        kvik.bench.speeed  # noqa: B018
 
 
 @pytest.mark.weights
 def test_smollm2s_figures(monkeypatch, capsys):
-    assert in_process(monkeypatch, "--tokens", 16, "--rounds", 1, "--batch", 1) == 0
+    assert in_process(monkeypatch, "cache", "--tokens", 16, "--rounds", 1, "--batch", 1) == 0
     out = capsys.readouterr().out
     assert "from 3,892 tokens on" in out and "tokens on as many bytes" in out and "all 5 lengths" in out

@@ -13,7 +13,8 @@ from kvik.bench import curves, render, slope
 from kvik.bench.counting import Counts
 from kvik.bench.drawing import STYLE, WEIGHTS, WITH, WITHOUT
 from kvik.bench.fit import grid
-from kvik.bench.growth import Batch, Environment, Growth, Seconds, Side
+from kvik.bench.growth import Batch, Environment, Growth, Side
+from kvik.bench.spread import Spread
 from kvik.cache.spec import Bytes, LayerShape, Spec
 from kvik.plan.work import Arithmetic
 
@@ -35,13 +36,13 @@ def synthetic(tokens=1024, kv="bf16"):
         each = [Counts(1 if cached else n, w.rows, w.pairs, r) for n, w, r in zip(lengths, steps, read, strict=True)]
         whole = [Counts(n if cached else n * (n + 1) // 2, w.rows, w.pairs, r)
                  for n, w, r in zip(lengths, texts, read, strict=True)]  # fmt: skip
-        return Side(tuple(each), tuple(whole), tuple(Seconds(s, s, s) for s in seconds), tuple(held))
+        return Side(tuple(each), tuple(whole), tuple(Spread(s, s, s) for s in seconds), tuple(held))
 
     cached = side(True, [0.015 + 8e-6 * specs[0].groups[0].retention.rows(n) for n in lengths])
     products = [arithmetic.step(n, cached=False).products for n in lengths]
     without = side(False, [0.015 * -(-n // 512) + 7e-12 * each for n, each in zip(lengths, products, strict=True)])
     batches = tuple(
-        Batch(b, Seconds(0.02, 0.02, 0.02), Seconds(0.2 * b, 0.2 * b, 0.2 * b), specs[0].nbytes(128, b))
+        Batch(b, Spread(0.02, 0.02, 0.02), Spread(0.2 * b, 0.2 * b, 0.2 * b), specs[0].nbytes(128, b))
         for b in (1, 2, 4, 8)
     )
     where = Environment("A processor", "cpu", 2, "2.13.0", "3.12")

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvik.engine.generation import Generation, Request, generate
+from kvik.engine.generation import Generation, Request, generate, prefill
 from kvik.engine.sampling import Sampling, choose
 from kvik.errors import ContextError, UsageError
 from kvik.models.config import Config
@@ -52,6 +52,27 @@ def test_no_cache_writes_the_same_text_as_a_cache(model):
         without = answer(model, kv="none", max_tokens=40, sampling=sampling)
         assert with_cache.token_ids == without.token_ids
         assert without.nbytes.allocated == 0 < with_cache.nbytes.allocated
+
+
+def test_a_prompt_goes_in_by_chunks_that_are_settled(model, monkeypatch):
+    monkeypatch.setattr("kvik.engine.generation.CHUNK", 10)
+    text, sizes, run = list(range(100, 125)), [], Model.run
+
+    def counted(self, chunks, **options):
+        sizes.append([len(tokens) for _, tokens in chunks])
+        return run(self, chunks, **options)
+
+    monkeypatch.setattr(Model, "run", counted)
+    cache = model.cache("f32", memory=4 << 20)
+    with cache.open() as a, cache.open() as b, cache.open() as whole:
+        logits = prefill(model, [a, b], text)
+        assert sizes == [[5, 5]] * 5 and a.tokens == b.tokens == text
+        assert torch.equal(logits, run(model, [(whole, text)]).expand(2, -1)), "the cut cannot show"
+    sizes.clear()
+    with cache.open() as sequence:
+        stopped = prefill(model, [sequence], text, stopping=lambda: len(sizes) == 2)
+        assert sizes == [[10], [10]] and sequence.tokens == text[:20] and len(stopped) == 1
+        assert len(prefill(model, [sequence], text, stopping=lambda: True)) == 0
 
 
 def test_text_is_the_pieces_and_what_the_tokenizer_decodes(model):

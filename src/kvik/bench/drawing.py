@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from kvik.bench.growth import Growth
+    from kvik.bench.speed import Speed
+
 WITH, WITHOUT, WEIGHTS = "#0b6fb8", "#d1480b", "#7a828c"  # one colour means one thing in every panel
 INK, SOFT, FAINT = "#1f2328", "#57606a", "#e4e8ec"
 STYLE: Any = {
@@ -34,6 +37,22 @@ def write(path: Path, inches: tuple[float, float], draw: Callable[[Figure], None
         figure = Figure(figsize=inches, dpi=200, facecolor="white")
         draw(figure)
         figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+
+
+def head(figure: Figure, title: str, *lines: str) -> None:
+    """A figure's title, and lines of small type below it; they take 0.8 inches with two lines."""
+    height = figure.get_size_inches()[1]
+    figure.text(0.02, 1 - 0.12 / height, title, size=15, weight="bold", va="top")
+    for number, line in enumerate(lines):
+        figure.text(0.02, 1 - (0.43 + 0.18 * number) / height, line, size=8.5, color=SOFT, va="top")
+
+
+def described(found: Growth | Speed) -> str:
+    """What was measured, and where, in a line."""
+    where = found.environment
+    device = where.cpu if where.device == "cpu" else where.device
+    weights = f"weights {found.weights}, {format_bytes(found.arithmetic.weight_bytes)}"
+    return f"{found.model} · {weights} · cache {found.spec} · {device}, {where.threads} threads"
 
 
 def titled(axes: Axes, finding: str, what: str) -> None:

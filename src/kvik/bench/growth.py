@@ -14,6 +14,7 @@ from typing import Any
 
 from kvik.bench.counting import Counts
 from kvik.bench.fit import TimeModel, fit, reached, whole_text
+from kvik.bench.spread import Spread
 from kvik.cache.spec import Bytes
 from kvik.engine.generation import CHUNK
 from kvik.plan.work import Arithmetic, Work
@@ -38,15 +39,6 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Seconds:
-    """Of one step, over the rounds."""
-
-    median: float
-    least: float
-    most: float
-
-
-@dataclass(frozen=True)
 class Side:
     """With a cache, or without; one entry a length.
 
@@ -59,12 +51,12 @@ class Side:
 
     steps: tuple[Counts, ...]
     texts: tuple[Counts, ...]
-    seconds: tuple[Seconds, ...]
+    seconds: tuple[Spread, ...]
     held: tuple[Bytes, ...]
 
     @property
     def medians(self) -> tuple[float, ...]:
-        """Seconds of a step."""
+        """Spread of a step."""
         return tuple(each.median for each in self.seconds)
 
 
@@ -80,8 +72,8 @@ class Batch:
     """
 
     sequences: int
-    cached: Seconds
-    without: Seconds
+    cached: Spread
+    without: Spread
     held: Bytes
 
 
@@ -177,12 +169,12 @@ class Growth:
 
     @cached_property
     def cached_text(self) -> tuple[float, ...]:
-        """Seconds of a whole text with a cache, added up from measured steps."""
+        """Spread of a whole text with a cache, added up from measured steps."""
         return whole_text(self.lengths, self.cached.medians)
 
     @cached_property
     def without_text(self) -> tuple[float, ...]:
-        """Seconds of a whole text without a cache, added up from measured steps."""
+        """Spread of a whole text without a cache, added up from measured steps."""
         return whole_text(self.lengths, self.without.medians)
 
     @property

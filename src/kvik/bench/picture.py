@@ -24,7 +24,9 @@ from kvik.bench.drawing import (
     bytes_tick,
     count_tick,
     decades,
+    described,
     dots,
+    head,
     label,
     lengths_axis,
     time_tick,
@@ -58,8 +60,8 @@ def curves(growth: Growth, path: Path) -> None:
         grid = figure.add_gridspec(4, 2, left=0.085, right=0.98, top=0.885, bottom=0.035, hspace=0.48, wspace=0.24)
         for place, panel in enumerate(panels):
             panel(figure.add_subplot(grid[divmod(place, 2)]), growth)
-        _head(
-            figure, growth, "What a KV cache saves, and what it costs",
+        head(
+            figure, "What a KV cache saves, and what it costs", described(growth),
             "Dots are counted or measured. Lines are formulas; for times, with constants fitted to the hollow dots.",
         )  # fmt: skip
 
@@ -75,22 +77,12 @@ def slope(growth: Growth, path: Path) -> None:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot(figure.add_gridspec(1, 1, left=0.085, right=0.98, top=0.805, bottom=0.125)[0])
         _one_more(axes, growth)
-        _head(
-            figure, growth, "Time of one more token, with a KV cache and without",
+        head(
+            figure, "Time of one more token, with a KV cache and without", described(growth),
             "Lines are predictions by constants fitted to the hollow dots; filled dots test them.",
         )  # fmt: skip
 
     write(path, (8.0, 4.4), draw)
-
-
-def _head(figure: Figure, growth: Growth, title: str, reading: str) -> None:
-    where, height = growth.environment, figure.get_size_inches()[1]
-    device = where.cpu if where.device == "cpu" else where.device
-    weights = f"weights {growth.weights}, {format_bytes(growth.arithmetic.weight_bytes)}"
-    lines = (f"{growth.model} · {weights} · cache {growth.spec} · {device}, {where.threads} threads", reading)
-    figure.text(0.02, 1 - 0.12 / height, title, size=15, weight="bold", va="top")
-    for number, line in enumerate(lines):
-        figure.text(0.02, 1 - (0.43 + 0.18 * number) / height, line, size=8.5, color=SOFT, va="top")
 
 
 # Counts: lines are formulas, dots were counted.

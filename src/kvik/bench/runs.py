@@ -8,18 +8,19 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from kvik.bench.counting import Tally
 from kvik.bench.fit import grid
-from kvik.bench.growth import Batch, Environment, Growth, Seconds, Side
+from kvik.bench.growth import Batch, Environment, Growth, Side
+from kvik.bench.processor import cpu_name
+from kvik.bench.spread import spread
 from kvik.cache.cache import Cache
 from kvik.cache.sequence import Sequence
 from kvik.cache.spec import Bytes
 from kvik.cache.step import Step
-from kvik.engine.generation import CHUNK
+from kvik.engine.generation import prefill
 from kvik.models.model import Model
 from kvik.models.watch import Chunk
 from kvik.plan.work import Arithmetic
@@ -137,8 +138,7 @@ class _Runs:
                 self._say(f"{where}, without")
                 without[index].append(self._again(context, size))
         return tuple(
-            Batch(size, _seconds(cached[index]), _seconds(without[index]), held[index])
-            for index, size in enumerate(sizes)
+            Batch(size, spread(cached[index]), spread(without[index]), held[index]) for index, size in enumerate(sizes)
         )
 
     def _last_step(self, sequences: list[Sequence], length: int) -> float:
@@ -161,14 +161,10 @@ class _Runs:
         return self._timed(step)
 
     def _advance(self, sequences: list[Sequence], length: int, watch: Callable[[Step], Chunk] | None = None) -> None:
-        """Takes all sequences to a length, CHUNK tokens at once at the most, as generation does."""
-        piece = max(CHUNK // len(sequences), 1)
-        while (start := len(sequences[0])) < length:
-            chunk = self.ids[start : min(start + piece, length)]
-            self.model.run([(sequence, chunk) for sequence in sequences], watch=watch)
-            for sequence in sequences:
-                sequence.settle()
-            self._done += len(chunk) * len(sequences)
+        """Takes all sequences to a length, as generation does."""
+        chunk = self.ids[len(sequences[0]) : length]
+        prefill(self.model, sequences, chunk, watch=watch)
+        self._done += len(chunk) * len(sequences)
 
     def _timed(self, run: Callable[[], None]) -> float:
         self._finish()
@@ -208,26 +204,12 @@ def _side(lengths: Seq[int], tally: Tally, times: list[list[float]], held: tuple
     return Side(
         steps=tuple(tally.step(length, cached=cached) for length in lengths),
         texts=tuple(tally.text(length, cached=cached) for length in lengths),
-        seconds=tuple(map(_seconds, times)),
+        seconds=tuple(map(spread, times)),
         held=held,
     )
-
-
-def _seconds(times: list[float]) -> Seconds:
-    return Seconds(statistics.median(times), min(times), max(times))
 
 
 def environment(device: torch.device) -> Environment:
     """This machine, as far as times depend on it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Environment(_cpu(), name, torch.get_num_threads(), torch.__version__, platform.python_version())
-
-
-def _cpu() -> str:
-    """The processor's name, or its kind where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names and names[0] else platform.processor() or platform.machine()
+    return Environment(cpu_name(), name, torch.get_num_threads(), torch.__version__, platform.python_version())

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvik.bench.growth import FACTORS, Growth
+from kvik.bench.speed import Speed
 from kvik.bench.words import percent, reached_text, three, time_text, times_text
 from kvik.units import format_bytes, format_count
 
@@ -22,7 +23,7 @@ def render(growth: Growth, console: Console, *, pictures: bool = False) -> None:
         console: where to.
         pictures: whether they are drawn; if not, the last line says how to get them.
     """
-    console.print(_title(growth))
+    console.print(title(growth))
     for caption, table in (
         ("What a text computes, one token a step (counted)", _work(growth)),
         (f"Time of one more token, and what was predicted from {growth.tokens // 2:,} tokens and less", _steps(growth)),
@@ -37,12 +38,13 @@ def render(growth: Growth, console: Console, *, pictures: bool = False) -> None:
     console.print(_verdicts(growth, pictures))
 
 
-def _title(growth: Growth) -> Text:
-    where, weights = growth.environment, format_bytes(growth.arithmetic.weight_bytes)
+def title(found: Growth | Speed) -> Text:
+    """What was measured, and where, in two lines."""
+    where, weights = found.environment, format_bytes(found.arithmetic.weight_bytes)
     device = where.cpu if where.device == "cpu" else where.device
-    rounds = "one round" if growth.rounds == 1 else f"medians of {growth.rounds} rounds"
+    rounds = "one round" if found.rounds == 1 else f"medians of {found.rounds} rounds"
     return Text.assemble(
-        (growth.model, "bold"), f"  cache {growth.spec} · weights {growth.weights}, {weights}\n",
+        (found.model, "bold"), f"  cache {found.spec} · weights {found.weights}, {weights}\n",
         (f"{device}, {where.threads} threads · torch {where.torch} · {rounds}", "dim"),
     )  # fmt: skip
 
@@ -53,7 +55,8 @@ def _shown(growth: Growth) -> list[int]:
     return [i for i, length in enumerate(growth.lengths) if length in halves and (length >= 12 or growth.tokens < 64)]
 
 
-def _table(*heads: str) -> Table:
+def columns(*heads: str) -> Table:
+    """A table of figures, empty."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 1), show_edge=False)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
@@ -61,7 +64,7 @@ def _table(*heads: str) -> Table:
 
 
 def _work(growth: Growth) -> Table:
-    table = _table(
+    table = columns(
         "tokens", "rows of k, v\nwithout", "\nwith", "pairs q·k\nwithout", "\nwith", "products\nwithout", "\nwith"
     )
     for i in _shown(growth):
@@ -72,7 +75,7 @@ def _work(growth: Growth) -> Table:
 
 
 def _steps(growth: Growth) -> Table:
-    table = _table("tokens", "without", "predicted", "with a cache", "predicted", "faster")
+    table = columns("tokens", "without", "predicted", "with a cache", "predicted", "faster")
     without, cached = growth.without_model, growth.cached_model
     for i in _shown(growth):
         table.add_row(
@@ -91,7 +94,7 @@ def _predicted(seconds: float, tested: bool) -> Text:
 
 
 def _texts(growth: Growth) -> Table:
-    table = _table("tokens", "without", "with a cache", "faster")
+    table = columns("tokens", "without", "with a cache", "faster")
     for i in _shown(growth):
         table.add_row(
             f"{growth.lengths[i]:,}",
@@ -104,7 +107,7 @@ def _texts(growth: Growth) -> Table:
 
 def _bytes(growth: Growth) -> Table:
     rows = ("rows read\nwithout", "\nwith") if growth.windowed else ("rows read\neither way",)
-    table = _table("tokens", *rows, "their bytes\nin the cache", "weights\nread", "cache\npayload", "\n+ overhead")
+    table = columns("tokens", *rows, "their bytes\nin the cache", "weights\nread", "cache\npayload", "\n+ overhead")
     steps = growth.steps(cached=True)
     for i in _shown(growth):
         read = (growth.without.steps[i].read, growth.cached.steps[i].read)[-len(rows) :]
@@ -115,7 +118,7 @@ def _bytes(growth: Growth) -> Table:
 
 
 def _batches(growth: Growth) -> Table:
-    table = _table(
+    table = columns(
         "batch", "without", "\ntokens/s", "with\na cache", "\ntokens/s", "\nfaster", "weights\na token", "cache"
     )
     for batch in growth.batches:

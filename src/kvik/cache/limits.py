@@ -1,4 +1,4 @@
-"""How much memory there is, limits of a container included."""
+"""How much memory there is, and how much of the processors, limits of a container included."""
 
 from __future__ import annotations
 
@@ -29,13 +29,34 @@ def memory_total(cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO, own: Path = _
     return min((c for c in (_meminfo(meminfo, "MemTotal"), *bounds) if c is not None), default=8 << 30)
 
 
+def processors_allowed(cgroup: Path = _CGROUP, own: Path = _OWN) -> float | None:
+    """How many processors' time this process's control groups leave it, in sum; None = no limit."""
+    shares = []
+    for folder in _folders(cgroup, own, ""):  # version 2: "200000 100000", or "max 100000"
+        words = "".join(_lines(folder / "cpu.max")).split()
+        if len(words) == 2 and all(word.isdecimal() for word in words):
+            shares.append(int(words[0]) / int(words[1]))
+    for folder in _folders(cgroup, own, "cpu"):  # version 1; -1 = no limit
+        quota, period = (_number(folder / f"cpu.cfs_{what}_us") for what in ("quota", "period"))
+        if quota is not None and period:
+            shares.append(quota / period)
+    return min(shares, default=None)
+
+
 def _groups(root: Path, own: Path) -> Iterator[tuple[Path, str, str]]:
     """(folder, limit's file, use's file) of this process's control groups and of all above them."""
     for below, limit, used in _FILES:
-        base = root / below
-        for folder in (base / _own_path(own, below), *(base / _own_path(own, below)).parents):
-            if folder == base or base in folder.parents:
-                yield folder, limit, used
+        for folder in _folders(root, own, below):
+            yield folder, limit, used
+
+
+def _folders(root: Path, own: Path, below: str) -> Iterator[Path]:
+    """Of this process's control group, and of all above it."""
+    base = root / below
+    mine = base / _own_path(own, below)
+    for folder in (mine, *mine.parents):
+        if folder == base or base in folder.parents:
+            yield folder
 
 
 def _own_path(own: Path, controller: str) -> str:

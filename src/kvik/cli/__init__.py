@@ -12,11 +12,13 @@ from typing import Annotated
 
 import typer
 
-from kvik.cli import bench, plan, run, trace
+from kvik.cli import bench, doctor, plan, run, trace
 from kvik.cli.common import INTERRUPTED, app
 from kvik.errors import KvikError
 
-__all__ = ["app", "bench", "main", "plan", "run", "trace"]
+__all__ = ["app", "bench", "doctor", "main", "plan", "run", "trace"]
+
+OURS = {"GOMP_SPINCOUNT": "3000"}  # set before torch loads: idle OpenMP threads soon stop burning a core
 
 
 def _show_version(wanted: bool) -> None:
@@ -38,13 +40,14 @@ def _common(
 
 def main() -> None:
     """The `kvik` command."""
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch loads: idle OpenMP threads soon stop burning a core
+    ours = [name for name in OURS if name not in os.environ]
+    os.environ.update((name, OURS[name]) for name in ours)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     command = typer.main.get_command(app)
     try:
-        code = command.main(standalone_mode=False, prog_name="kvik")
+        code = command.main(standalone_mode=False, prog_name="kvik", obj=ours)
     except KvikError as error:
         code = _complain(str(error))
     except typer.TyperException as error:

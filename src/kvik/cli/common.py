@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
@@ -15,6 +18,8 @@ if TYPE_CHECKING:
     from kvik.models.model import Model
 
 INTERRUPTED = 130
+NO_KERNELS = "kvik: the native kernels were not built, so this is several times slower; see 'kvik doctor'"
+Show = Callable[[str, int, int], None]  # (what is done next, steps done, steps in all)
 
 app = typer.Typer(
     name="kvik",
@@ -65,8 +70,24 @@ def check_spec(kv: str, *, allow_none: bool) -> None:
         parse_rules(kv)
 
 
+@contextmanager
+def progress() -> Iterator[Show]:
+    """A bar that is drawn between measurements only, so that it costs them nothing."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    hidden = not sys.stderr.isatty()
+    with Progress(*columns, console=stderr(), transient=True, disable=hidden, auto_refresh=False) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total, refresh=True)
+
+        yield show
+
+
 def load_model(model: str, weights: str, device: str) -> Model:
-    """Loads with a progress bar where there is something to prepare."""
+    """Loads with a progress bar where there is something to prepare. Says so if the kernels were not built."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(
@@ -84,7 +105,18 @@ def load_model(model: str, weights: str, device: str) -> Model:
 
         from kvik.models.model import load
 
-        return load(model, weights=weights, device=device, progress=show)  # type: ignore[arg-type]
+        loaded = load(model, weights=weights, device=device, progress=show)  # type: ignore[arg-type]
+    if device == "cpu":
+        _tell_of_missing_kernels()
+    return loaded
+
+
+def _tell_of_missing_kernels() -> None:
+    """One line on stderr, unless plain torch was asked for."""
+    from kvik.ops.loader import built
+
+    if built() is None and os.environ.get("KVIK_OPS") != "reference":
+        print(NO_KERNELS, file=sys.stderr)
 
 
 def stdout() -> Console:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Bytes
+from kvik.cache.step import Step
 from kvik.engine.sampling import Sampling, choose
 from kvik.errors import UsageError
 from kvik.models.model import Model
+from kvik.models.watch import Chunk
 
 CHUNK = 512  # prompt tokens that go through the model at once: bounds memory, changes no bit (law 1)
 FinishReason = Literal["stop", "length", "interrupted"]
@@ -43,6 +45,41 @@ class Request:
             raise UsageError(f"max-tokens {self.max_tokens}: use at least 1")
         if not all(self.stop):
             raise UsageError("an empty stop text would end every answer before it starts; leave it out")
+
+
+def prefill(
+    model: Model,
+    sequences: Sequence[KVSequence],
+    tokens: Sequence[int],
+    *,
+    watch: Callable[[Step], Chunk] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Tensor:
+    """Takes tokens to the end of a sequence, CHUNK at once at the most, each chunk settled. One token is a chunk too.
+
+    Args:
+        model: of whose cache the sequences are.
+        sequences: one, or several of one cache that take the same tokens side by side, CHUNK in all at once.
+        tokens: ids.
+        watch: see `Model.run`.
+        stopping: asked before each chunk; True ends it there.
+
+    Returns:
+        Logits after the last token, f32 [sequences, vocabulary]; empty where no chunk was computed.
+
+    Raises:
+        ContextError, BudgetError: see `Model.run`; chunks that were done before stay.
+    """
+    piece = max(CHUNK // len(sequences), 1)
+    logits = torch.empty(0)
+    for start in range(0, len(tokens), piece):
+        if stopping():
+            break
+        chunk = tokens[start : start + piece]
+        logits = model.run([(sequence, chunk) for sequence in sequences], watch=watch)
+        for sequence in sequences:
+            sequence.settle()
+    return logits
 
 
 class Generation:
@@ -147,13 +184,8 @@ class Generation:
         return self._chunked(self.sequence, tokens)
 
     def _chunked(self, sequence: KVSequence, tokens: list[int]) -> Tensor:
-        logits = torch.empty(0)
-        for start in range(0, len(tokens), CHUNK):
-            if self._stopping:
-                break
-            logits = self.model.run([(sequence, tokens[start : start + CHUNK])])[0]
-            sequence.settle()
-        return logits
+        logits = prefill(self.model, [sequence], tokens, stopping=lambda: self._stopping)
+        return logits[0] if len(logits) else logits
 
     def _take(self, token: int) -> str:
         """Text that is certain after this token; sets the reason if it was the last."""

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from kvik.models.folder import FORMAT, Loaded, file_sha256, load, write_prepared
 from kvik.models.gguf_tokenizer import write_tokenizer
 from kvik.models.weights import check, read_gguf
 
-__all__ = ["BUILT_IN", "Loaded", "Progress", "home", "load", "quiet", "resolve"]
+__all__ = ["BUILT_IN", "Loaded", "Prepared", "Progress", "home", "home_path", "load", "prepared", "quiet", "resolve"]
 
 Progress = Callable[[str, int, int], None]  # (what happens now, steps done, steps in all)
 
@@ -46,6 +47,23 @@ _CHOICES = (
 )
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A model in kvik's home folder.
+
+    Attributes:
+        folder: that `load` maps.
+        name: of the model.
+        source: the file or package that it was made from.
+        nbytes: of its files.
+    """
+
+    folder: Path
+    name: str
+    source: str
+    nbytes: int
+
+
 def quiet(what: str, done: int, total: int) -> None:
     """A Progress that shows nothing."""
 
@@ -56,7 +74,7 @@ def home() -> Path:
     Raises:
         StorageError: it can't be made or written to.
     """
-    folder = _home_path()
+    folder = home_path()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -67,6 +85,28 @@ def home() -> Path:
             "set KVIK_HOME to a folder that can"
         ) from None
     return folder
+
+
+def home_path() -> Path:
+    """Where kvik's home folder is, or would be; see `home`."""
+    chosen, cache = os.environ.get("KVIK_HOME"), os.environ.get("XDG_CACHE_HOME")
+    if chosen:
+        return Path(chosen).expanduser()
+    return (Path(cache) if cache else Path.home() / ".cache") / "kvik"
+
+
+def prepared() -> list[Prepared]:
+    """The models in kvik's home folder, largest first. Folders that can't be read are left out."""
+    found = []
+    for config in home_path().glob("models/[!.]*/config.json"):
+        try:
+            values = json.loads(config.read_bytes())
+            size = sum(path.stat().st_size for path in config.parent.iterdir())
+            name, source = values["config"]["name"], values["kvik"]["source"]["from"]
+            found.append(Prepared(config.parent, str(name), str(source), size))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return sorted(found, key=lambda each: (-each.nbytes, each.folder))
 
 
 def resolve(model: str, progress: Progress = quiet) -> Path:
@@ -100,13 +140,6 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
     raise UsageError(f"{brief(model, 250)} is no model that kvik can find; {_CHOICES}")
 
 
-def _home_path() -> Path:
-    chosen, cache = os.environ.get("KVIK_HOME"), os.environ.get("XDG_CACHE_HOME")
-    if chosen:
-        return Path(chosen).expanduser()
-    return (Path(cache) if cache else Path.home() / ".cache") / "kvik"
-
-
 def _resolve_gguf(path: Path, progress: Progress) -> Path:
     try:
         with path.open("rb") as file:
@@ -138,7 +171,7 @@ def _known_sha256(path: Path, progress: Progress) -> str:
     real = path.resolve()
     status = real.stat()
     state = [status.st_size, status.st_mtime_ns, status.st_ino]
-    memory = _home_path() / "sources" / (hashlib.sha256(os.fsencode(real)).hexdigest() + ".json")
+    memory = home_path() / "sources" / (hashlib.sha256(os.fsencode(real)).hexdigest() + ".json")
     try:
         remembered = json.loads(memory.read_bytes())
         if remembered["state"] == state and re.fullmatch("[0-9a-f]{64}", remembered["sha256"]):
@@ -157,7 +190,7 @@ def _known_sha256(path: Path, progress: Progress) -> str:
 
 def _prepared(sha256: str, obtain: Callable[[Path], Path], source: str, progress: Progress) -> Path:
     """The prepared folder of the GGUF file with this checksum; made now, by one process at a time, where missing."""
-    final = _home_path() / "models" / f"{sha256[:16]}-{FORMAT}"
+    final = home_path() / "models" / f"{sha256[:16]}-{FORMAT}"
     if final.is_dir():
         return final
     models = home() / "models"
