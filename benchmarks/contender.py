@@ -22,13 +22,7 @@ Run = Callable[[list[int], int], Times]
 def kvik(path: str, setting: str, room: int) -> tuple[Run, str]:
     """kvik with a KV spec, and as the weights' format what the file holds."""
     import kvik as library
-    from kvik.engine.generation import CHUNK
-
-    def prefill(model, sequence, prompt):
-        for a in range(0, len(prompt), CHUNK):
-            out = model.run([(sequence, prompt[a : a + CHUNK])])[0]
-            sequence.settle()
-        return out
+    from kvik.engine.generation import prefill
 
     model = library.load(path)
     cache = model.cache(setting, shares=False)
@@ -36,7 +30,7 @@ def kvik(path: str, setting: str, room: int) -> tuple[Run, str]:
     def run(prompt: list[int], tokens: int) -> Times:
         with cache.open() as sequence:
             start = time.perf_counter()
-            token = int(prefill(model, sequence, prompt).argmax())
+            token = int(prefill(model, [sequence], prompt).argmax())
             middle = time.perf_counter()
             for _ in range(tokens):
                 token = int(model.run([(sequence, [token])])[0].argmax())

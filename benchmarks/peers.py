@@ -4,8 +4,8 @@
     python benchmarks/peers.py [--contexts 32,1024,4096,8128] [--rounds 5] [--json FILE] [--plot FILE]
 
 Each engine is a process of its own (`contender.py`); all but the one that works are stopped, so that none of their
-threads spins. A round gives every engine the same tasks in turn; every prompt is another piece of Python's own texts, so
-that no prefix cache helps. Medians of the rounds. Memory is the largest each process ever held.
+threads spins. A round gives every engine the same tasks in turn; every prompt is another piece of Python's own texts,
+so that no prefix cache helps. Medians of the rounds. Memory is the largest each process ever held.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ def threads():
 
 def bound(kv, kernels):
     """The largest error of an output or log-sum-exp beside float64 over the same stored rows, values and scores being
-    of size 1: f32 sums; 16-bit fixed point; where the machine multiplies bf16 and bytes, bf16 queries and weights over bf16, and
-    8-bit queries over 4-bit keys."""
+    of size 1: f32 sums; 16-bit fixed point; where the machine multiplies bf16 and bytes, bf16 queries and weights over
+    bf16, and 8-bit queries over 4-bit keys."""
     if kernels == "avx512x" and ("bf16" in kv or kv.startswith(("int4", "k4"))):
         return 1e-2 if "bf16" in kv else 2e-2
     return 1e-5 if kv in ("f32", "bf16", "f16") else 1e-3

@@ -34,7 +34,7 @@ class Chunk(Protocol):
         """Attention of the new tokens over all rows that they may see; see `Step.attend`."""
 
     def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
-        """Both, and all that is around them in a layer, in one call; False: they are to be called. See `Step.through`."""
+        """A whole layer in one call; False: append and attend are to be called. See `Step.through`."""
 
 
 class Watch:
