@@ -53,8 +53,8 @@ class Source:
     device: torch.device
 
     def vector(self, name: str) -> Tensor:
-        """A norm's weight, a bias or a small table, as f32."""
-        return dense(self.tensors[name]).to(self.device)
+        """A norm's weight, a bias or a small table, as f32: a copy, since a part of a mapped file keeps all of it."""
+        return dense(self.tensors[name]).clone().to(self.device)
 
     def linear(self, *names: str, bias: bool = False, turned: tuple[int, ...] = (), flip: bool = False) -> Linear:
         """One product for several projections of the same inputs.
