@@ -64,7 +64,8 @@ def _mixed(x: Tensor) -> Tensor:
 @scorer("knorm")
 def knorm(seen: Seen) -> Tensor:
     """Keys of small length draw the most attention (arXiv:2406.11430)."""
-    return torch.linalg.vector_norm(seen.keys, dim=-1).neg()
+    length: Tensor = torch.linalg.vector_norm(seen.keys, dim=-1)
+    return -length
 
 
 @scorer("keydiff")
