@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import peers
 
+ROOT = Path(__file__).parent.parent
 PAGE, FOUND = (ROOT / "docs/performance.md").read_text(), json.loads((ROOT / "docs/peers.json").read_text())
 
 
