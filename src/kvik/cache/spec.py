@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from kvik.cache.methods import Needs
 from kvik.cache.policy import Policy
 from kvik.cache.retention import Retention
 from kvik.errors import SpecError
@@ -285,7 +286,7 @@ def _retention(part: str, text: str) -> Retention:
     if part.strip() == "full":
         return Retention()
     if part.strip().split(":")[0] not in _EXAMPLES:
-        return Retention(policy=Policy.parse(part.strip(), text))
+        return Retention(policy=_policy(part.strip(), text))
     for item in part.split(","):
         name, _, number = (piece.strip() for piece in item.partition(":"))
         if name not in ("window", "sinks"):
@@ -302,6 +303,16 @@ def _retention(part: str, text: str) -> Retention:
             f"spec {text!r}: sinks alone keep almost nothing; add a window, as in 'window:1024,sinks:{values['sinks']}'"
         )
     return Retention(values["window"], values.get("sinks", 0))
+
+
+def _policy(part: str, text: str) -> Policy:
+    policy = Policy.parse(part, text)
+    if policy.needs & (Needs.PASS | Needs.PAGES):
+        raise SpecError(
+            f"spec {text!r}: no cache runs {policy.method!r} yet, so nothing would leave; use a method that drops rows "
+            "by what it has seen, such as 'snapkv:25%' or 'keydiff:1024rows'"
+        )
+    return policy
 
 
 def _page_size(number: str, text: str) -> int:
