@@ -22,7 +22,7 @@ def layers(draw):
             row = st.lists(values, min_size=rows, max_size=rows)
             return torch.tensor(draw(st.lists(row, min_size=lanes, max_size=lanes)), dtype=dtype)
 
-        some = st.sampled_from([0.0, 1.0, 1.0, 2.0, -3.0, 3.4e38, float("nan"), float("inf"), -float("inf")])
+        some = st.sampled_from([0.0, 1.0, 1.0, 2.0, -3.0, 3.4e38, -3.4e38, float("nan"), float("inf"), -float("inf")])
         parts[0].append(table(some, torch.float32))
         parts[1].append(table(st.sampled_from([True, True, True, False]), torch.bool))
         parts[2].append(table(st.sampled_from([True, False, False, False]), torch.bool))

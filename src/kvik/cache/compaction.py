@@ -110,7 +110,7 @@ def _seen(
         asking=None if queries is None else queries[1],
         mass=mass,
         frequencies=None if group.frequencies is None else torch.tensor(group.frequencies, dtype=torch.float64),
-        seed=layer,
+        seed=observed.policy.seed,
     )
 
 

@@ -222,25 +222,25 @@ def apply(policy: Policy, seens: Iterable[Seen]) -> list[Tensor]:
 
     Args:
         policy: of the group; one that drops rows.
-        seens: a layer each, in order; all after the same number of tokens. Each is let go of before the next is asked
-            for: a layer's decoded rows are large.
+        seens: a layer each, in order; all after the same number of tokens. Each is let go before the next is asked for,
+            so that a generator needs one layer's decoded rows at a time.
     """
     from kvik.cache.allocators import ALLOCATORS
 
     method, chosen = policy.scoring, dict(policy.options)
     options = {name: chosen[name] for name, _ in method.options if name in chosen}
-    scores, held, protected, tokens = [], [], [], 0
+    scores, held, protected, budget = [], [], [], 0
     for layer, seen in enumerate(seens):
         # A random method draws by lane and position: layers need seeds of their own.
         scores.append(method.scores(replace(seen, seed=(seen.seed << 20) + layer), **options))
         held.append(seen.held)
         edges = (seen.positions < policy.sinks) | (seen.positions >= seen.tokens - policy.recent)
         protected.append(seen.held & edges)
-        tokens = seen.tokens
+        budget = policy.budget_at(seen.tokens)
         del seen
     allocate = ALLOCATORS[policy.allocator]
     shares = {name: chosen[name] for name, _ in options_of(allocate) if name in chosen}
-    return allocate(scores, held, protected, policy.budget_at(tokens), **shares)
+    return allocate(scores, held, protected, budget, **shares)
 
 
 def _method(name: str) -> Method:
@@ -363,4 +363,4 @@ def _number(item: str, name: str, text: str, usual: int | float) -> int | float:
 
 def _digits(value: int | float) -> str:
     """A number as `_number` reads it."""
-    return str(value) if isinstance(value, int) else f"{value:.6f}".rstrip("0").rstrip(".")
+    return f"{value:.6f}".rstrip("0").rstrip(".")

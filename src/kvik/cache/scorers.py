@@ -123,11 +123,9 @@ def tova(seen: Seen) -> Tensor:
     assert seen.queries is not None and seen.asking is not None
     latest = replace(seen, queries=seen.queries[-1:], asking=seen.asking[-1:])
     received = next(weigh.weights(latest))[:, :, 0].mean(1)
-    places, held = seen.positions[seen.held], seen.held
-    sums = received.new_zeros(2, seen.tokens)
-    sums[0].index_add_(0, places, received[held])
-    sums[1].index_add_(0, places, torch.ones_like(received[held]))
-    return (sums[0] / sums[1].clamp(min=1))[seen.positions.clamp(min=0)]
+    total = weigh.by_position(received, seen, seen.tokens).sum(0)
+    lanes = weigh.by_position(torch.ones_like(received), seen, seen.tokens).sum(0)
+    return (total / lanes.clamp(min=1))[seen.positions.clamp(min=0)]
 
 
 @scorer("h2o", needs=Needs.MASS)
@@ -212,9 +210,10 @@ def recalled(seen: Seen) -> Tensor:
 def chunk(scores: Tensor, seen: Seen, *, size: int = 20) -> Tensor:
     """The mean score over each run of `size` positions, so that what belongs together stays together (ChunkKV,
     arXiv:2502.00299). Runs are of positions, not of rows: they are the same runs whatever has left before."""
-    runs = seen.positions.clamp(min=0) // size
-    held = seen.held.float()
-    sums = scores.new_zeros(2, len(scores), seen.tokens // size + 1)
-    sums[0].scatter_add_(1, runs, scores.masked_fill(~seen.held, 0))
-    sums[1].scatter_add_(1, runs, held)
-    return (sums[0] / sums[1].clamp(min=1)).gather(1, runs)
+    runs = seen.tokens // size + 1
+
+    def total(rows: Tensor) -> Tensor:
+        return torch.unflatten(weigh.by_position(rows, seen, runs * size), 1, (runs, size)).sum(-1)
+
+    means = total(scores) / total(torch.ones_like(scores)).clamp(min=1)
+    return means.gather(1, seen.positions.clamp(min=0) // size)

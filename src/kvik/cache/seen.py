@@ -64,20 +64,21 @@ class Seen:
 
         Modifies nothing. NaN in a slot that isn't held would pass through any product, hence the zeros.
         """
-        order = torch.sort(~self.held, dim=1, stable=True).indices
-        positions = self.positions.gather(1, order)
-        missing = positions < 0
+        held = self.held
+        order = torch.sort(~held, dim=1, stable=True).indices
+        missing = torch.arange(held.shape[1], device=held.device) >= self.lengths[:, None]
+        stay = bool((held != missing).all())  # they mostly stand so already, and moving rows is most of the work
 
         def moved(rows: Tensor) -> Tensor:
             at = order if rows.dim() == 2 else order[..., None].expand(-1, -1, rows.shape[-1])
             gap = missing if rows.dim() == 2 else missing[..., None]
-            return rows.gather(1, at).masked_fill(gap, 0)
+            return (rows if stay else rows.gather(1, at)).masked_fill(gap, 0)
 
         packed = replace(
             self,
             keys=moved(self.keys),
             values=moved(self.values),
-            positions=positions,
+            positions=self.positions.gather(1, order),
             mass=None if self.mass is None else moved(self.mass),
             repeated=None if self.repeated is None else moved(self.repeated),
         )
