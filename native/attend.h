@@ -62,6 +62,7 @@ struct Block {
     int64_t columns;
     const int32_t *kept, *kept_at; // pages of the rows that stayed when others left, side by side, and their positions:
     int64_t kept_rows;             // every query sees them, before all others
+    int64_t kept_columns;          // pages of the lane that keeps most
     int64_t window, sinks;  // a query at p sees positions up to p that are > p - window or < sinks
     int64_t start;          // position of the first query
     int queries, shared;

@@ -32,6 +32,7 @@ Block Plan::block(const Member &member, int lane, int64_t at, int queries) const
     b.window = window_, b.sinks = sinks_;
     if (member.kept) {
         b.kept = member.kept + lane * member.kept_columns, b.kept_rows = member.kept_rows[lane];
+        b.kept_columns = member.kept_columns;
         b.kept_at = member.kept_at + lane * member.kept_columns * form_.page_size;
     }
     b.start = member.start + at, b.queries = queries;
