@@ -5,12 +5,21 @@ import contextlib
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import Toy, make_cache, shapes, text
 from kvik.cache import compaction
 from kvik.cache.policy import apply
+from kvik.engine.generation import prefill
 from kvik.errors import BudgetError, SequenceError
+from kvik.models.config import Config
+from kvik.models.model import Model
+from kvik.models.watch import Watch
 
+SIZES = dict(
+    vocab_size=60, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
 KV = ["f32", "bf16", "int8", "int8-rot", "int4", "k8v4"]
 SCALE = 0.25  # of the toy's scores
 POLICIES = ["knorm:25%", "ada(knorm):30%", "keydiff:64rows", "snapkv:25%,last:16", "h2o:30%,recent:8"]
@@ -284,3 +293,17 @@ def test_the_wrong_rows_are_seen(monkeypatch, plain):
     monkeypatch.setattr(compaction, "apply", lambda policy, seens: [m.roll(1, -1) for m in apply(policy, seens)])
     with pytest.raises(AssertionError):
         test_sinks_and_recent_rows_stay(None)
+
+
+@pytest.mark.parametrize("policy", ["snapkv:40%,last:8,recent:8", "expected:40%,last:32,recent:8", "h2o:40%,recent:8"])
+def test_a_model_shows_its_queries_though_layers_are_single_calls(policy):
+    """What a policy keeps does not depend on how much of a layer is one call."""
+    theirs = LlamaForCausalLM(LlamaConfig(**SIZES))
+    config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
+    model, found = Model(config, theirs.state_dict(), weights="int4"), []
+    for watch in (None, Watch):
+        sequence = model.cache(f"int8+{policy}; page 16", shares=False).open(text(90))
+        prefill(model, [sequence], text(90), watch=watch)
+        found.append((held(sequence), model.run([(sequence, [7])])))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+    assert 30 < len(found[0][0][0][0]) < 60
