@@ -12,6 +12,7 @@ A spec string is rules divided by `;`. The first is for every lane, later ones c
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -285,7 +286,7 @@ def _retention(part: str, text: str) -> Retention:
     values: dict[str, int] = {}
     if part.strip() == "full":
         return Retention()
-    if part.strip().split(":")[0] not in _EXAMPLES:
+    if not difflib.get_close_matches(part.strip().split(":")[0], _EXAMPLES, cutoff=0.7):
         return Retention(policy=_policy(part.strip(), text))
     for item in part.split(","):
         name, _, number = (piece.strip() for piece in item.partition(":"))
