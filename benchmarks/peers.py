@@ -170,7 +170,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     colours = {"kvik": "#c0392b", "llama.cpp": "#2c6e91", "openvino": "#5a4a8a", "transformers": "#8a8a8a"}
     styles = {"bf16": "-", "int8": "--", "k8v4": "-.", "int4": ":", "q8_0": "--"}
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for axis, key, title in zip(
         axes, ("decode_tokens_per_s", "prefill_tokens_per_s"), ("Decode", "Prefill"), strict=True
     ):
@@ -189,7 +189,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("tokens a second")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=8, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=9, frameon=False)
     figure.savefig(path, dpi=130)
 
 

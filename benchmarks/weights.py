@@ -1,6 +1,6 @@
-"""What each weight format costs in quality: KL divergence of SmolLM2's predictions from f32 weights', rows in f32.
+"""What each weight format costs in quality: KL divergence of SmolLM2's predictions from f32 weights' over f32 rows.
 
-python benchmarks/weights.py [--tokens 768]
+python benchmarks/weights.py [--tokens 768] [--kv f32]
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ def main() -> None:
     """Prints one line a format."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=768)
+    parser.add_argument("--kv", default="f32", help="what the rows are stored as, beside f32 weights over f32 rows")
     options = parser.parse_args()
     reference = torch.empty(0)
     for weights in FORMATS:
         model = kvik.load("smollm2", weights=weights)
         tokens = model.tokenizer.encode("\n".join(topics[name] for name in sorted(topics)))[: options.tokens]
-        with model.cache("f32", shares=False).open() as sequence:
+        rows = "f32" if weights == "f32" else options.kv
+        with model.cache(rows, shares=False).open() as sequence:
             got = torch.log_softmax(model.run([(sequence, tokens)], every=True), dim=-1)
         if weights == "f32":
             reference = got

@@ -60,6 +60,8 @@ struct Block {
     const uint8_t *pages;
     const int32_t *table, *logical; // of the lane: `columns` page numbers, and the pages' places in the text
     int64_t columns;
+    const int32_t *kept, *kept_at; // pages of the rows that stayed when others left, side by side, and their positions:
+    int64_t kept_rows;             // every query sees them, before all others
     int64_t window, sinks;  // a query at p sees positions up to p that are > p - window or < sinks
     int64_t start;          // position of the first query
     int queries, shared;
@@ -71,29 +73,43 @@ struct Block {
     float *out, *lse;       // [queries][shared][v.width] and [queries][shared] or null, with strides
     int64_t out_stride, lse_stride;
 
-    // The tiles that some of the queries see: the first few (sinks), then those from the oldest position on.
+    // The tiles that some of the queries see: of kept rows, then the first few (sinks), then those from the oldest
+    // position on.
     int64_t last() const { return start + queries - 1; }
-    int64_t oldest() const { return start - window < 0 ? 0 : (start - window + 1) / TILE; }
+    int64_t held() const { return columns ? int64_t(logical[0]) * form->page_size / TILE : 0; } // nothing is before it
+    int64_t oldest() const { return start - window < 0 ? held() : (start - window + 1) / TILE; }
+    int64_t kept_tiles() const { return (kept_rows + TILE - 1) / TILE; }
     int64_t sunk() const {
         const int64_t tiles = (sinks + TILE - 1) / TILE;
         return tiles < oldest() ? tiles : oldest();
     }
-    int64_t tiles() const { return sunk() + last() / TILE - oldest() + 1; }
-    int64_t tile(int64_t i) const { return i < sunk() ? i : oldest() + i - sunk(); }
+    int64_t tiles() const { return kept_tiles() + sunk() + last() / TILE - oldest() + 1; }
+    int64_t tile(int64_t i) const { // of positions; i counts from the kept tiles on
+        const int64_t after = i - kept_tiles();
+        return after < sunk() ? after : oldest() + after - sunk();
+    }
     int rows() const { return queries * shared; }
     bool plain() const { return !bias && softcap == 0; }
+};
+
+// The tile that the same thread will likely read after a block's: fetched while the last one is computed.
+struct Next {
+    const Block *block; // null: unknown
+    int64_t tile;
 };
 
 struct AttendKernels {
     // Encodes a row of `width` floats; codes and scales go to its slot of a page.
     void (*append)(const Stream &, int page_size, const float *row, uint8_t *page, int slot);
     // All tiles of a block, its results written.
-    void (*attend)(const Block &);
+    void (*attend)(const Block &, Next);
     // Only tiles [from, to); each leaves its part at parts + i * part_floats(block).
-    void (*attend_tiles)(const Block &, int64_t from, int64_t to, float *parts);
+    void (*attend_tiles)(const Block &, int64_t from, int64_t to, float *parts, Next);
     // Merges the parts of all tiles, in order, and writes the results.
     void (*merge)(const Block &, const float *parts);
     int64_t (*part_floats)(const Block &);
+    // Adds to mass what each slot, of kept pages and then of the table's, received from the rows, whose lse is known.
+    void (*mass)(const Block &, float *mass);
     // Reads memory and does next to nothing with it: what streaming costs.
     uint64_t (*read)(const uint8_t *from, int64_t bytes);
 };

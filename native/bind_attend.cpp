@@ -42,9 +42,11 @@ void bind_attend(nb::module_ &m) {
              [](kvik::Plan *self, int64_t pages, const Integers &layout, int64_t window, int64_t sinks,
                 const Integers &members) {
                  std::vector<kvik::Member> all;
-                 for (size_t i = 0; i < members.size(); i += 5)
-                     all.push_back({at<int32_t>(members[i]), at<int32_t>(members[i + 1]), members[i + 2],
-                                    members[i + 3], members[i + 4]});
+                 for (size_t i = 0; i < members.size(); i += 9) {
+                     const int64_t *m = members.data() + i;
+                     all.push_back({at<int32_t>(m[0]), at<int32_t>(m[1]), m[2], m[3], m[4], at<int32_t>(m[5]),
+                                    at<int32_t>(m[6]), at<int32_t>(m[7]), m[8]});
+                 }
                  new (self) kvik::Plan(at<uint8_t>(pages), form(layout), window, sinks, std::move(all));
              })
         .def("append",
@@ -54,10 +56,14 @@ void bind_attend(nb::module_ &m) {
                  self.append(first, lanes, {at<float>(k), k_token, k_lane}, {at<float>(v), v_token, v_lane});
              })
         .def("attend", [](const kvik::Plan &self, int first, int lanes, int shared, int64_t q, int64_t q_token,
-                          float scale, float softcap, int64_t bias, int64_t reach, int64_t out, int64_t lse) {
+                          float scale, float softcap, int64_t bias, int64_t reach, int64_t out, int64_t lse,
+                          const Integers &masses) {
             nb::gil_scoped_release free;
+            std::vector<float *> all;
+            for (const int64_t mass : masses)
+                all.push_back(at<float>(mass));
             self.attend(first, lanes, shared, at<float>(q), q_token, {scale, softcap, at<float>(bias), reach},
-                        at<float>(out), at<float>(lse));
+                        at<float>(out), at<float>(lse), all.empty() ? nullptr : all.data());
         });
     nb::class_<kvik::Layer>(m, "Layer", "A layer's weights and functions; see layer.h. They are kept alive.")
         .def("__init__",

@@ -16,7 +16,7 @@ void Layer::run(const Plan &plan, int first_lane, float *x, int64_t rows, const 
     if (angles)
         turn(q, three, rows, heads + lanes, width, angles);
     plan.append(first_lane, lanes, {k, three, width}, {v, three, width});
-    plan.attend(first_lane, lanes, heads / lanes, q, three, {scale, 0, nullptr, 0}, attended, nullptr);
+    plan.attend(first_lane, lanes, heads / lanes, q, three, {scale, 0, nullptr, 0}, attended, nullptr, nullptr);
     product(*o, {RowKind::none, nullptr, nullptr, 0}, attended, mixed, rows, x, model, true);
     product(*up, mlp_norm, x, model, rows, middle, inner, false);
     product(*down, activation, middle, inner, rows, x, model, true);

@@ -19,15 +19,21 @@ struct Work {
     Block block;
     int tasks;
     int64_t parts; // where its parts begin, in floats; -1: one task, which needs none
+    const Member *member;
+    int lane;
 };
 
 } // namespace
 
-Block Plan::block(const Member &member, int64_t, int lane, int64_t at, int queries) const {
+Block Plan::block(const Member &member, int lane, int64_t at, int queries) const {
     Block b{};
     b.form = &form_, b.pages = pages_;
     b.table = member.pages + lane * member.columns, b.logical = member.logical, b.columns = member.columns;
     b.window = window_, b.sinks = sinks_;
+    if (member.kept) {
+        b.kept = member.kept + lane * member.kept_columns, b.kept_rows = member.kept_rows[lane];
+        b.kept_at = member.kept_at + lane * member.kept_columns * form_.page_size;
+    }
     b.start = member.start + at, b.queries = queries;
     return b;
 }
@@ -69,7 +75,7 @@ void Plan::append(int first, int lanes, const Rows &k, const Rows &v) const {
 }
 
 void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_token, const Options &options,
-                  float *out, float *lse) const {
+                  float *out, float *lse, float *const *masses) const {
     const auto &kernels = kvik::kernels().attend;
     const int64_t heads = int64_t(lanes) * shared, width = form_.v.width;
     std::vector<Work> works;
@@ -80,7 +86,7 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
         for (int64_t at = 0; at < member.count; at += most) {
             const int queries = int(std::min(most, member.count - at));
             for (int lane = 0; lane < lanes; ++lane) {
-                Block b = block(member, token, first + lane, at, queries);
+                Block b = block(member, first + lane, at, queries);
                 const int64_t row = token + at, head = int64_t(lane) * shared;
                 b.shared = shared;
                 b.q = q + row * q_token + head * form_.k.width, b.q_stride = q_token;
@@ -88,7 +94,7 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
                 b.bias = options.bias ? options.bias + head * options.reach : nullptr, b.reach = options.reach;
                 b.out = out + (row * heads + head) * width, b.out_stride = heads * width;
                 b.lse = lse ? lse + row * heads + head : nullptr, b.lse_stride = heads;
-                works.push_back({b, 1, -1});
+                works.push_back({b, 1, -1, &member, lane});
                 tiles += b.tiles();
             }
         }
@@ -118,13 +124,23 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
     parallel(int64_t(tasks.size()), [&](int64_t t) {
         const Task &task = tasks[t];
         const Work &work = works[task.work];
+        const size_t after = size_t(t) + threads(); // threads take tasks in turn
+        const Next next = after < tasks.size() ? Next{&works[tasks[after].work].block, tasks[after].from} : Next{nullptr, 0};
         if (work.parts < 0)
-            return kernels.attend(work.block);
+            return kernels.attend(work.block, next);
         float *mine = parts.get() + work.parts;
-        kernels.attend_tiles(work.block, task.from, task.to, mine);
+        kernels.attend_tiles(work.block, task.from, task.to, mine, next);
         if (left[task.work].fetch_sub(1, std::memory_order_acq_rel) == 1)
             kernels.merge(work.block, mine);
     });
+    if (masses) // lane by lane: each adds up its queries in their order
+        parallel(int64_t(members_.size()) * lanes, [&](int64_t task) {
+            const Member &member = members_[task / lanes];
+            const int64_t slots = (member.kept_columns + member.columns) * form_.page_size, lane = task % lanes;
+            for (const Work &work : works)
+                if (work.member == &member && work.lane == lane)
+                    kernels.mass(work.block, masses[task / lanes] + lane * slots);
+        });
 }
 
 void compact(uint8_t *pages, const Form &form, const int64_t *source, const int64_t *target, int64_t count) {

@@ -10,6 +10,8 @@ namespace kvik {
 struct Member {
     const int32_t *pages, *logical; // [lanes][columns], [columns]; held by the caller
     int64_t columns, start, count;
+    const int32_t *kept, *kept_rows, *kept_at; // [lanes][kept_columns], [lanes], [lanes][kept_columns * page size]
+    int64_t kept_columns;
 };
 
 struct Rows { // f32, the last axis without gaps; strides in floats
@@ -30,12 +32,13 @@ class Plan {
 
     // Rows of lanes first, first + 1, … of every new token.
     void append(int first, int lanes, const Rows &k, const Rows &v) const;
-    // q [T][lanes * shared][k.width], q_token floats from one token to the next; out and lse without gaps.
+    // q [T][lanes * shared][k.width], q_token floats from one token to the next; out and lse without gaps. masses: null, or
+    // for each member [lanes][slots of kept pages, then of its table], zeroed; lse is needed then.
     void attend(int first, int lanes, int shared, const float *q, int64_t q_token, const Options &options, float *out,
-                float *lse) const;
+                float *lse, float *const *masses) const;
 
   private:
-    Block block(const Member &member, int64_t token, int lane, int64_t at, int queries) const;
+    Block block(const Member &member, int lane, int64_t at, int queries) const;
 
     uint8_t *pages_;
     Form form_;

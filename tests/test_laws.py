@@ -61,17 +61,18 @@ def test_the_cut_does_not_show(kv, kept, page, ops):
 
 
 def test_the_cut_is_seen_where_attention_is_one_product_over_what_is_visible(monkeypatch, plain):
-    def naive(pages, reads, read, lanes, q, *rest):
-        stored = paged.decoded(pages[read.pages[lanes]], reads.layout, reads.page_size)
+    def naive(ask, read, *rest):
+        lanes, reads, q = ask.lanes, ask.reads, ask.q if read.tokens is None else ask.q[read.tokens]
+        stored = paged.decoded(ask.pages[read.pages[lanes]], reads.layout, reads.page_size)
         every = [x.reshape(lanes.stop, read.items, -1, x.shape[-1]) for x in stored.values()]
         outs = []
-        for item, mask in enumerate(read.visible):
+        for item, mask in enumerate(read.visible[0]):
             seen = mask.any(0)
             k, v = (x[:, item][:, seen] for x in every)
             rows = q.view(read.items, read.chunk, lanes.stop, -1, q.shape[-1])[item].permute(1, 2, 0, 3)
             weights = (rows @ k.mT[:, None]).masked_fill(~mask[:, seen], -torch.inf).softmax(-1)
             outs.append((weights @ v[:, None]).permute(2, 0, 1, 3).flatten(1, 2))
-        return torch.cat(outs), None, None
+        return torch.cat(outs), None
 
     monkeypatch.setattr(reference, "_attend", naive)
     with sees():

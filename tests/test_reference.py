@@ -133,7 +133,7 @@ def check_merge(kv, kept, join):
         whole_blocks = plan.blocks
 
         def over(chosen):
-            plan.blocks = [dataclasses.replace(b, visible=b.visible & chosen(b.held)[:, None]) for b in whole_blocks]
+            plan.blocks = [dataclasses.replace(b, visible=b.visible & chosen(b.held)[:, :, None]) for b in whole_blocks]
             return plan.attend(cache.parts[0][0].lanes, q, scale=0.2, want_lse=True)
 
         whole = over(lambda held: held >= 0)

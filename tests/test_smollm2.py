@@ -61,8 +61,9 @@ def model_logits(model, kv, text):
         return model.run([(sequence, text)], every=True)
 
 
-@pytest.mark.parametrize("kv", CODEC_SPECS)
-@pytest.mark.parametrize("weights", ["f32", "int4"])
+@pytest.mark.parametrize(
+    ("weights", "kv"), [*(("int4", kv) for kv in CODEC_SPECS), ("f32", "f32"), ("f32", "int8"), ("f32", "k8v4")]
+)
 def test_the_cut_cannot_show(models, corpus, weights, kv):
     others = [corpus[i * 700 : i * 700 + length] for i, length in enumerate((3, 90, 17, 41), start=2)]
     check_cut(models[weights], kv, corpus[:130], others, (100, 37))

@@ -33,6 +33,15 @@ class Dropped:
 
 
 @dataclass(frozen=True)
+class Compressed:
+    """A Sequence of `tokens` tokens kept what its policy chose: `rows` rows left."""
+
+    sequence: int
+    tokens: int
+    rows: int
+
+
+@dataclass(frozen=True)
 class Evicted:
     """A block that nobody used was dropped to make room: positions `start` to `stop`, `pages` pages."""
 
@@ -56,4 +65,4 @@ class Resized:
     budget: int
 
 
-Event = Opened | Published | Dropped | Evicted | Closed | Resized
+Event = Opened | Published | Dropped | Compressed | Evicted | Closed | Resized

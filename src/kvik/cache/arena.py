@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvik.cache.limits import memory_available
 from kvik.errors import BudgetError
 
 SLAB = 256 * 1024  # grows only where a page would fill more than an eighth of it
@@ -204,3 +205,8 @@ def _reserve(sizes: list[int]) -> mmap.mmap:
         f"the system grants no {sizes[-1]:,} bytes of address space; ask for less, or raise its limit (ulimit -v)",
         needed=sizes[-1], available=0,
     )  # fmt: skip
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes free on an accelerator."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else memory_available()

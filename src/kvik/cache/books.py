@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kvik.cache.sequence import Table
-from kvik.cache.spec import Bytes
+from kvik.cache.arena import Pages
+from kvik.cache.spec import Bytes, Group
+from kvik.cache.table import Rows
 
 if TYPE_CHECKING:
     from kvik.cache.cache import Cache
@@ -37,7 +37,7 @@ def bytes_in_use(cache: Cache) -> int:
         for sequence in cache.sequences:
             for table in sequence.tables:
                 if table.group.page_bytes == size:
-                    held[table.pages] = True
+                    held[table.held(0)[0]] = True
         total += size * int(held.sum())
     return total
 
@@ -46,9 +46,8 @@ def nbytes(cache: Cache) -> Bytes:
     """See `Cache.nbytes`."""
     arena = cache.arena
     bits = {size: np.zeros(arena.touched(size), np.int64) for size in arena.classes}
-    for table, rows in _holdings(cache):
-        per_column = rows * table.group.layout.payload_bits
-        np.maximum.at(bits[table.group.page_bytes], table.pages, np.broadcast_to(per_column, table.pages.shape))
+    for group, pages, rows in _holdings(cache):
+        np.maximum.at(bits[group.page_bytes], pages, rows * group.layout.payload_bits)
     payload = sum(int(each.sum()) for each in bits.values()) // 8
     return Bytes(payload, arena.held - payload)
 
@@ -60,7 +59,7 @@ def books(cache: Cache) -> Books:
     used = {size: np.zeros(arena.touched(size), bool) for size in arena.classes}
     for sequence in cache.sequences:
         for table in sequence.tables:
-            used[table.group.page_bytes][table.pages] = True
+            used[table.group.page_bytes][table.held(0)[0]] = True
     in_use = sum(int(mask.sum()) for mask in used.values())
     held = sum(int(np.count_nonzero(owner.refs[: arena.touched(size)])) for size, owner in arena.classes.items())
     return Books(free, in_use, held - in_use)
@@ -70,8 +69,8 @@ def check(cache: Cache) -> None:
     """See `Cache.check`."""
     arena = cache.arena
     refs = {size: np.zeros(arena.touched(size), np.int32) for size in arena.classes}
-    for table, _ in _holdings(cache):
-        np.add.at(refs[table.group.page_bytes], table.pages.reshape(-1), 1)
+    for group, pages, _ in _holdings(cache):
+        np.add.at(refs[group.page_bytes], pages, 1)
     slabs = 0
     for size, owner in arena.classes.items():
         assert (refs[size] == owner.refs[: len(refs[size])]).all(), f"references to pages of {size} B do not add up"
@@ -87,12 +86,11 @@ def check(cache: Cache) -> None:
     assert arena.held <= arena.budget, "the budget is exceeded"
 
 
-def _holdings(cache: Cache) -> list[tuple[Table, NDArray[np.int64]]]:
-    """Every table, and every block's pages as a one-column table, with the rows kept in each column."""
-    out = [(t, t.rows_kept(len(s))) for s in cache.sequences for t in s.tables]
+def _holdings(cache: Cache) -> list[tuple[Group, Pages, Rows]]:
+    """Pages of every table and every block, with the rows that each keeps."""
+    out = [(t.group, *t.held(len(s))) for s in cache.sequences for t in s.tables]
     for block in cache.index:
         for group, pages in zip(cache.spec.groups, block.pages, strict=True):
             if pages is not None:
-                table = Table(group, pages[:, None].astype(np.int32), np.zeros(1, np.int32))
-                out.append((table, np.array([cache.spec.page_size])))
+                out.append((group, pages, np.full(len(pages), cache.spec.page_size)))
     return out

@@ -11,17 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik import events
-from kvik.cache.arena import Arena, PageClass, Pages
+from kvik.cache.arena import Arena, PageClass, Pages, device_memory
 from kvik.cache.books import Books, books, bytes_in_use, check, nbytes
 from kvik.cache.limits import memory_available, memory_total
+from kvik.cache.observed import may_know
 from kvik.cache.prefix import Block, PrefixIndex, root_key
-from kvik.cache.sequence import Sequence, Table
+from kvik.cache.sequence import Sequence
 from kvik.cache.spec import TABLE_BYTES, Bytes, Group, Spec
 from kvik.cache.step import Step, parts_of
+from kvik.cache.table import Table
 from kvik.errors import BudgetError, SequenceError, UsageError
 from kvik.ops import pages as paged
 from kvik.ops.backend import backend
-from kvik.ops.codecs import unrotated
+from kvik.ops.reads import Kept
 
 
 class Cache:
@@ -66,7 +68,7 @@ class Cache:
             raise UsageError("device 'cuda': torch sees no CUDA device here; use cpu")
         self.ops = backend(self.device)
         self.shares = shares
-        available = memory_available() if self.device.type == "cpu" else _device_memory(self.device)
+        available = memory_available() if self.device.type == "cpu" else device_memory(self.device)
         budget = available // 2 if memory is None else memory
         self._check_budget(budget, available)
         largest = max((group.page_bytes for group in spec.groups), default=1)
@@ -76,6 +78,7 @@ class Cache:
             self.arena.page_class(group.page_bytes)
         self.index = PrefixIndex(spec)
         self.parts = parts_of(spec)
+        self._policies = [g.retention.policy for g in spec.groups if g.retention.policy is not None]
         self.active: Step | None = None
         self._weights = weights
         self._open: dict[int, Sequence] = {}
@@ -85,15 +88,17 @@ class Cache:
     def open(self, tokens: Seq[int] = (), salt: str = "") -> Sequence:
         """A new Sequence that starts with whatever is known of `tokens`; append the rest, from `len(sequence)` on.
 
-        At most `len(tokens) - 1` are taken as known: the last is always computed, for its logits.
+        At most `len(tokens) - 1` are taken as known: the last is always computed, for its logits. A policy that must
+        see the last queries leaves those to be computed too, and one that must see all takes nothing as known.
 
         Args:
-            tokens: what is going to be appended.
+            tokens: what is going to be appended first: the prompt. A policy may choose at its end.
             salt: only sequences opened with the same salt share rows.
         """
         root = root_key(self._weights, self.spec, salt)
-        chain = self.index.find(root, list(tokens[:-1])) if self.shares else []
-        sequence = Sequence(self, self._opened, root, chain)
+        known = min((may_know(policy, len(tokens)) for policy in self._policies), default=len(tokens) - 1)
+        chain = self.index.find(root, list(tokens[: max(known, 0)])) if self.shares else []
+        sequence = Sequence(self, self._opened, root, chain, len(tokens))
         self._opened += 1
         for index, table in enumerate(sequence.tables):
             live = table.group.retention.live_pages(len(sequence), self.spec.page_size)
@@ -107,7 +112,7 @@ class Cache:
         self.emit(events.Opened(sequence.number, len(tokens), sequence.cached))
         if not self.arena.fits({}):
             try:
-                self._make_room({}, 0)
+                self.make_room({}, 0)
             except BudgetError:
                 sequence.close()
                 raise
@@ -201,7 +206,7 @@ class Cache:
                 count = len(table.group.lanes) * (len(fresh) + shared)
                 wanted[table.group.page_bytes] = wanted.get(table.group.page_bytes, 0) + count
                 tables += (len(table.group.lanes) + 1) * len(fresh) * TABLE_BYTES
-        self._make_room(wanted, tables)
+        self.make_room(wanted, tables)
         before = [[len(table.logical) for table in sequence.tables] for sequence in step.sequences]
         for table, fresh, shared, used in plan:
             lanes, page_bytes = len(table.group.lanes), table.group.page_bytes
@@ -227,6 +232,31 @@ class Cache:
         if gone.size:
             self.arena.release(table.group.page_bytes, gone)
 
+    def release_all(self, table: Table) -> None:
+        """Gives back every page of a table."""
+        pages, _ = table.held(0)
+        self.arena.tables -= table.nbytes
+        table.clear()
+        if pages.size:
+            self.arena.release(table.group.page_bytes, pages)
+
+    def replace(self, table: Table, kept: Kept, columns: NDArray[np.bool_], gone: Pages) -> None:
+        """A table has other kept rows and fewer columns now; `gone` are the pages that are not in it any more."""
+        self.arena.tables -= table.nbytes
+        table.keep(columns)
+        table.kept = kept
+        self.arena.tables += table.nbytes
+        if gone.size:
+            self.arena.release(table.group.page_bytes, gone)
+
+    def withdraw(self, sequence: Sequence) -> bool:
+        """Takes back what a sequence published and nobody builds on. Returns False if there is nothing of that."""
+        block = next((b for key in reversed(sequence._keys) if (b := self.index.get(key)) is not None), None)
+        if block is None or block.children > 0:
+            return False
+        self.index.remove(block)
+        return self._drop(block, [i for i, pages in enumerate(block.pages) if pages is not None])
+
     @property
     def sequences(self) -> list[Sequence]:
         """Those that are open."""
@@ -234,41 +264,19 @@ class Cache:
 
     def fork(self, sequence: Sequence) -> Sequence:
         """See `Sequence.fork`."""
-        self._make_room({}, sum(table.nbytes for table in sequence.tables))
-        twin = Sequence(self, self._opened, sequence._root, [])
+        self.make_room({}, sum(table.nbytes for table in sequence.tables))
+        twin = Sequence(self, self._opened, sequence._root, [], 0)
         self._opened += 1
         twin.tokens, twin.cached = list(sequence.tokens), sequence.cached
         twin._keys, twin._settled, twin._floor = list(sequence._keys), sequence._settled, sequence._floor
         twin.tables = [table.copy() for table in sequence.tables]
+        twin.prompt, twin._publishes = sequence.prompt, sequence._publishes
+        twin._observed = [o and o.copy(t.group) for o, t in zip(sequence._observed, twin.tables, strict=True)]
         for table in twin.tables:
-            self.arena.retain(table.group.page_bytes, table.pages.astype(np.int64))
+            self.arena.retain(table.group.page_bytes, table.held(0)[0])
             self.arena.tables += table.nbytes
         self._open[twin.number] = twin
         return twin
-
-    def read(self, sequence: Sequence, layer: int) -> dict[str, Tensor]:
-        """See `Sequence.read`."""
-        size, found = self.spec.page_size, []
-        for part in self.parts[layer]:
-            table = sequence.tables[part.group]
-            positions = (table.logical[:, None].astype(np.int64) * size + np.arange(size)).reshape(-1)
-            within = positions < len(sequence)
-            index = torch.from_numpy(table.pages[part.lanes].astype(np.int64)).to(self.device)
-            layout = table.group.layout
-            stored = paged.decoded(self.pages(table.group)[index], layout, size)
-            rows = {name: x.flatten(1, 2)[:, torch.from_numpy(within)] for name, x in stored.items()}
-            found.append((part, positions[within], layout, rows))
-        every = np.unique(np.concatenate([positions for _, positions, _, _ in found]))
-        out = {"positions": torch.from_numpy(every)}
-        heads = sum(part.lanes.stop - part.lanes.start for part, *_ in found)
-        for part, positions, layout, rows in found:
-            places = torch.from_numpy(np.searchsorted(every, positions))
-            mine = torch.arange(heads) if part.heads is None else torch.tensor(part.heads)
-            for name, turned in rows.items():
-                values = unrotated(layout, name, turned)
-                empty = values.new_full((heads, len(every), values.shape[-1]), torch.nan)
-                out.setdefault(name, empty)[mine[:, None], places] = values
-        return out
 
     def publish(self, sequence: Sequence, block: Block, page: int) -> None:
         """Lets others find a full page of each group; a block that they can find already gets what it lacks."""
@@ -311,7 +319,7 @@ class Cache:
                 needed=budget, available=available,
             )  # fmt: skip
 
-    def _make_room(self, wanted: dict[int, int], tables: int) -> None:
+    def make_room(self, wanted: dict[int, int], tables: int = 0) -> None:
         """Evicts unreferenced blocks until the pages fit; moves pages together before it gives up."""
         if self.arena.fits(wanted, tables):
             return
@@ -380,16 +388,11 @@ class Cache:
             for sequence in self._open.values():
                 for table in sequence.tables:
                     if table.group.page_bytes == page_bytes:
-                        table.pages = moved[table.pages].astype(np.int32)
+                        table.renumber(moved)
             for block in self.index:
                 for index, (group, pages) in enumerate(zip(self.spec.groups, block.pages, strict=True)):
                     if group.page_bytes == page_bytes and pages is not None:
                         block.pages[index] = moved[pages]
-
-
-def _device_memory(device: torch.device) -> int:
-    """Bytes free on an accelerator."""
-    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else memory_available()
 
 
 __all__ = ["Books", "Cache", "Pages"]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvik.cache.policy import Policy
+
 
 @dataclass(frozen=True)
 class Retention:
@@ -21,13 +23,17 @@ class Retention:
     Attributes:
         window: positions that a query sees, its own included; None = all.
         sinks: first positions that stay visible for good.
+        policy: chooses at its triggers which rows stay, lane by lane; None = all that the mask shows.
     """
 
     window: int | None = None
     sinks: int = 0
+    policy: Policy | None = None
 
     def rows(self, tokens: int) -> int:
-        """Rows kept of a text of `tokens` tokens."""
+        """Rows kept of a text of `tokens` tokens, on average over lanes."""
+        if self.policy is not None:
+            return self.policy.rows(tokens)
         return tokens if self.window is None else min(tokens, self.window + self.sinks)
 
     def live_pages(self, tokens: int, page_size: int) -> list[int]:
@@ -45,5 +51,7 @@ class Retention:
         return [*range(sinks), *range(first, end)]
 
     def __str__(self) -> str:
+        if self.policy is not None:
+            return str(self.policy)
         parts = [f"window:{self.window}"] if self.window is not None else []
         return ",".join([*parts, *([f"sinks:{self.sinks}"] if self.sinks else [])]) or "full"

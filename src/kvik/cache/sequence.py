@@ -16,64 +16,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik import events
-from kvik.cache.arena import Pages
+from kvik.cache.compaction import compress
+from kvik.cache.observed import Observed
 from kvik.cache.prefix import Block, block_key
-from kvik.cache.spec import Bytes, Group
+from kvik.cache.reading import read
+from kvik.cache.spec import Bytes
+from kvik.cache.table import Table
 from kvik.errors import SequenceError
 
 if TYPE_CHECKING:
     from kvik.cache.cache import Cache
     from kvik.cache.step import Step
-
-
-class Table:
-    """Where one group's rows of one sequence lie.
-
-    Attributes:
-        pages: int32 [lanes, columns], page numbers.
-        logical: int32 [columns], ascending: column c holds positions logical[c]·N … logical[c]·N + N - 1.
-        stale: rows beyond the sequence's end may have been written, by tokens that were rejected.
-    """
-
-    def __init__(self, group: Group, pages: NDArray[np.int32] | None = None, logical: NDArray[np.int32] | None = None):
-        self.group = group
-        self.pages = np.zeros((len(group.lanes), 0), np.int32) if pages is None else pages
-        self.logical = np.zeros(0, np.int32) if logical is None else logical
-        self.stale = False
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the table itself."""
-        return self.pages.nbytes + self.logical.nbytes
-
-    def copy(self) -> Table:
-        """Another table of the same pages."""
-        twin = Table(self.group, self.pages.copy(), self.logical.copy())
-        twin.stale = self.stale
-        return twin
-
-    def extend(self, pages: Pages, logical: Seq[int]) -> None:
-        """Adds columns: pages [lanes, len(logical)]."""
-        self.pages = np.concatenate((self.pages, pages.astype(np.int32)), axis=1)
-        self.logical = np.concatenate((self.logical, np.array(logical, np.int32)))
-
-    def keep(self, mask: NDArray[np.bool_]) -> Pages:
-        """Keeps the columns in `mask`; returns the pages of the others."""
-        gone = self.pages[:, ~mask].astype(np.int64)
-        self.pages, self.logical = np.ascontiguousarray(self.pages[:, mask]), self.logical[mask]
-        return gone
-
-    def rows_kept(self, tokens: int) -> NDArray[np.int64]:
-        """How many rows of each column the retention keeps of a text of `tokens` tokens."""
-        positions = self.logical[:, None].astype(np.int64) * self.group.page_size + np.arange(self.group.page_size)
-        kept, window = positions < tokens, self.group.retention.window
-        if window is not None:
-            kept &= (positions >= tokens - window) | (positions < self.group.retention.sinks)
-        return np.asarray(kept.sum(axis=1))
 
 
 class Sequence:
@@ -82,13 +38,16 @@ class Sequence:
     Attributes:
         tokens: ids so far. The next position is `len(tokens)`: tokens seen, whatever was dropped.
         cached: how many of them were known when it was opened.
+        prompt: position where the prompt ends, by default of the tokens that it was opened with: there a policy may
+            choose which rows stay. Another turn has another.
     """
 
-    def __init__(self, cache: Cache, number: int, root: bytes, chain: list[Block]) -> None:
+    def __init__(self, cache: Cache, number: int, root: bytes, chain: list[Block], prompt: int) -> None:
         self.cache = cache
         self.number = number
         self.tokens = [token for block in chain for token in block.tokens]
         self.cached = len(self.tokens)
+        self.prompt = prompt
         self.closed = False
         self.tables = [Table(group) for group in cache.spec.groups]
         self._root = root
@@ -96,6 +55,12 @@ class Sequence:
         self._settled = self.cached
         self._floor = 0  # trimming below this would need rows that were dropped
         self._busy = False
+        self._publishes = cache.shares and bool(self.tables)
+        policies = [table.group.retention.policy for table in self.tables]
+        self._observed = [
+            None if policy is None else Observed(policy, table.group)
+            for policy, table in zip(policies, self.tables, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -120,7 +85,7 @@ class Sequence:
             that some heads hold and others have dropped is NaN for those others.
         """
         self._check()
-        return self.cache.read(self, layer)
+        return read(self.cache, self, layer)
 
     def fork(self) -> Sequence:
         """Another Sequence with the same past: copies tables, not rows. What either does next, the other never sees.
@@ -147,7 +112,11 @@ class Sequence:
                 f"trim to {length}: rows were dropped when the sequence settled at position {self._floor}; "
                 f"trim to {self._floor} or later, or open a new sequence"
             )
+        self._check_trim(length)
         size = self.cache.spec.page_size
+        for observed in self._observed:
+            if observed is not None:
+                observed.forget(length)
         for table in self.tables:
             self.cache.release(table, table.logical * size < length)
             table.stale = True
@@ -156,7 +125,8 @@ class Sequence:
         self._settled = min(self._settled, length)
 
     def settle(self, accepted: int | None = None) -> None:
-        """Makes what was appended final: drops what the retention hides from every later token, publishes full pages.
+        """Makes what was appended final: publishes full pages, and drops what the retention hides from every later
+        token or, at a trigger of its policy, what that does not choose.
 
         Args:
             accepted: how many of the tokens appended since the last settle stay; the rest leave no trace. None = all.
@@ -172,6 +142,7 @@ class Sequence:
         self._settled = len(self.tokens)
         self._publish()
         self._drop()
+        self._compress()
 
     def close(self) -> None:
         """Gives every page back; the one place where that happens. Idempotent."""
@@ -180,7 +151,7 @@ class Sequence:
         self._check()
         self.cache.touch(self._keys)
         for table in self.tables:
-            self.cache.release(table, np.zeros(len(table.logical), bool))
+            self.cache.release_all(table)
         self.closed = True
         self.cache.forget(self)
         self.cache.emit(events.Closed(self.number, len(self.tokens)))
@@ -190,14 +161,15 @@ class Sequence:
         """Bytes that this sequence holds, pages shared with others included."""
         payload = held = 0
         for table in self.tables:
-            lanes, layout = len(table.group.lanes), table.group.layout
-            payload += lanes * int(table.rows_kept(len(self.tokens)).sum()) * layout.payload_bits // 8
-            held += table.pages.size * table.group.page_bytes + table.nbytes
+            layout = table.group.layout
+            pages, rows = table.held(len(self.tokens))
+            payload += int(rows.sum()) * layout.payload_bits // 8
+            held += pages.size * table.group.page_bytes + table.nbytes
         return Bytes(payload, held - payload)
 
     def _publish(self) -> None:
         size = self.cache.spec.page_size
-        if not self.cache.shares or not self.tables:
+        if not self._publishes:
             return
         for page in range(len(self._keys), len(self.tokens) // size):
             run = tuple(self.tokens[page * size : (page + 1) * size])
@@ -219,6 +191,38 @@ class Sequence:
                 self._floor = len(self.tokens)
         if dropped:
             self.cache.emit(events.Dropped(self.number, len(self.tokens), dropped))
+
+    @property
+    def next_trigger(self) -> int | None:
+        """The position at which a policy chooses next: no chunk may pass it, and the sequence must settle there."""
+        found = [
+            at
+            for table, observed in zip(self.tables, self._observed, strict=True)
+            if observed is not None
+            and (at := observed.policy.next_trigger(self._settled, self.prompt or None)) is not None
+        ]
+        return min(found, default=None)
+
+    def _compress(self) -> None:
+        gone = 0
+        for table, observed in zip(self.tables, self._observed, strict=True):
+            if observed is None:
+                continue
+            observed.settle()
+            held = int(table.held(len(self.tokens))[1].sum()) / max(len(table.pages), 1)
+            if observed.policy.fires(len(self.tokens), self.prompt or None, held):
+                gone += compress(self.cache, self, table, observed)
+        if gone:
+            self._floor, self._publishes = len(self.tokens), False
+            self.cache.emit(events.Compressed(self.number, len(self.tokens), gone))
+
+    def _check_trim(self, length: int) -> None:
+        for observed in self._observed:
+            if observed is not None and observed.mass is not None and length < len(self.tokens):
+                raise SequenceError(
+                    f"trim to {length}: under {observed.policy} every query has left its mark on the rows before it, "
+                    "which can't be taken back; open a new sequence"
+                )
 
     def _check(self) -> None:
         if self.closed:

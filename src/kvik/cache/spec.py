@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from kvik.cache.methods import Needs
+from kvik.cache.policy import Policy
 from kvik.cache.retention import Retention
 from kvik.errors import SpecError
 from kvik.ops.layout import CODECS, Codec, RowLayout, Stream, nearest_codec
@@ -59,11 +61,13 @@ class LayerShape:
         heads: KV heads (lanes).
         streams: names and widths, (("k", 64), ("v", 64)) for ordinary attention.
         window: the model's own sliding window in positions, None = all.
+        frequencies: by which neighbouring pairs of a key's channels are turned per position; None = not turned.
     """
 
     heads: int
     streams: tuple[tuple[str, int], ...]
     window: int | None = None
+    frequencies: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,27 +79,37 @@ class Group:
         layout: streams, codecs and their place in a row.
         retention: which rows stay.
         page_size: rows a page (N).
+        frequencies: see `LayerShape`.
     """
 
     lanes: tuple[tuple[int, int], ...]
     layout: RowLayout
     retention: Retention
     page_size: int
+    frequencies: tuple[float, ...] | None = None
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page of one lane."""
         return self.page_size * self.layout.row_bytes
 
+    def kept_pages(self, tokens: int) -> int:
+        """Pages of rows that a policy kept, a lane on average, of a text of `tokens` tokens; 0 while none has left."""
+        rows, still = min(self.retention.rows(tokens), tokens), tokens % self.page_size
+        return 0 if self.retention.policy is None or rows == tokens else -(-max(rows - still, 0) // self.page_size)
+
     def pages(self, tokens: int) -> int:
-        """Pages that all lanes hold for a text of `tokens` tokens, once settled."""
+        """Pages that all lanes hold for a text of `tokens` tokens, once settled; under a policy to one page a lane."""
+        if kept := self.kept_pages(tokens):
+            return len(self.lanes) * (kept + (tokens % self.page_size > 0))
         return len(self.lanes) * len(self.retention.live_pages(tokens, self.page_size))
 
     def nbytes(self, tokens: int) -> Bytes:
         """Bytes of one sequence of `tokens` tokens, once settled: pages, and the table that finds them."""
         payload = len(self.lanes) * self.retention.rows(tokens) * self.layout.payload_bits // 8
-        columns = self.pages(tokens) // len(self.lanes)
-        held = columns * len(self.lanes) * self.page_bytes + (len(self.lanes) + 1) * columns * TABLE_BYTES
+        columns, kept = self.pages(tokens) // len(self.lanes), self.kept_pages(tokens)
+        table = (len(self.lanes) + 1) * columns + len(self.lanes) * kept * self.page_size  # positions of kept rows
+        held = columns * len(self.lanes) * self.page_bytes + table * TABLE_BYTES
         return Bytes(payload, held - payload)
 
     def __str__(self) -> str:
@@ -124,12 +138,13 @@ class Spec:
         rules, page_size = parse_rules(text, page_size)
         for rule in rules:
             rule.check(layers)
-        members: dict[tuple[RowLayout, Retention], list[tuple[int, int]]] = {}
+        members: dict[tuple[RowLayout, Retention, tuple[float, ...] | None], list[tuple[int, int]]] = {}
         for layer, shape in enumerate(layers):
             for head in range(shape.heads):
                 rule = next(r for r in reversed(rules) if r.covers(layer, head))
-                members.setdefault((rule.layout(shape), rule.retained(shape)), []).append((layer, head))
-        groups = tuple(Group(tuple(lanes), *key, page_size) for key, lanes in members.items())
+                key = rule.layout(shape), rule.retained(shape), shape.frequencies
+                members.setdefault(key, []).append((layer, head))
+        groups = tuple(Group(tuple(lanes), a, b, page_size, c) for (a, b, c), lanes in members.items())
         printed = "; ".join([str(r) for r in rules] + ([f"page {page_size}"] if page_size != PAGE_SIZE else []))
         return cls(printed, groups, page_size)
 
@@ -270,6 +285,8 @@ def _retention(part: str, text: str) -> Retention:
     values: dict[str, int] = {}
     if part.strip() == "full":
         return Retention()
+    if part.strip().split(":")[0] not in _EXAMPLES:
+        return Retention(policy=_policy(part.strip(), text))
     for item in part.split(","):
         name, _, number = (piece.strip() for piece in item.partition(":"))
         if name not in ("window", "sinks"):
@@ -286,6 +303,16 @@ def _retention(part: str, text: str) -> Retention:
             f"spec {text!r}: sinks alone keep almost nothing; add a window, as in 'window:1024,sinks:{values['sinks']}'"
         )
     return Retention(values["window"], values.get("sinks", 0))
+
+
+def _policy(part: str, text: str) -> Policy:
+    policy = Policy.parse(part, text)
+    if policy.needs & (Needs.PASS | Needs.PAGES):
+        raise SpecError(
+            f"spec {text!r}: no cache runs {policy.method!r} yet, so nothing would leave; use a method that drops rows "
+            "by what it has seen, such as 'snapkv:25%' or 'keydiff:1024rows'"
+        )
+    return policy
 
 
 def _page_size(number: str, text: str) -> int:

@@ -61,6 +61,7 @@ class Step:
         self.chunks = [list(map(int, tokens)) for _, tokens in chunks]
         self.starts = [len(sequence) for sequence in self.sequences]
         self._columns: list[list[int]] = []
+        self._observers: dict[int, bool] = {}  # groups whose policies look on; whether they need attention mass
         self._done: set[int] = set()
         self._used = False
         self._check()
@@ -87,6 +88,7 @@ class Step:
         self.starts = [len(sequence) for sequence in self.sequences]
         self._columns = self.cache.reserve(self)
         self._used = True
+        self._observers = self._who_looks_on()
         for sequence in self.sequences:
             sequence._busy = True
         try:
@@ -158,10 +160,15 @@ class Step:
         results = []
         for part in parts:
             mine = None if part.heads is None else [h * shared + i for h in part.heads for i in range(shared)]
-            results.append((mine, self._plans[part.group].attend(
-                part.lanes, q if mine is None else q[:, mine], scale=scale, softcap=softcap,
-                bias=bias if mine is None or bias is None else bias[mine], want_lse=want_lse, want_mass=want_mass,
-            )))  # fmt: skip
+            asked, seen = q if mine is None else q[:, mine], part.group in self._observers
+            found = self._plans[part.group].attend(
+                part.lanes, asked, scale=scale, softcap=softcap,
+                bias=bias if mine is None or bias is None else bias[mine],
+                want_lse=want_lse, want_mass=want_mass or (seen and self._observers[part.group]),
+            )  # fmt: skip
+            if seen:
+                self._show(layer, part, asked, scale, found)
+            results.append((mine, found if want_mass else Partial(found.out, found.lse)))
         return results[0][1] if results[0][0] is None else _joined(results, q.shape[1])
 
     def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
@@ -171,7 +178,7 @@ class Step:
         """
         self._check_open(layer)
         part, *others = self.cache.parts[layer]
-        if others or part.heads is not None:
+        if others or part.heads is not None or part.group in self._observers:
             return False
         done = self._plans[part.group].through(part.lanes, fused, x, angles)
         if done:
@@ -187,6 +194,34 @@ class Step:
             raise SequenceError("a step needs at least one sequence, and at least one token for each")
         if not all(0 <= token < 1 << 63 for token in self.tokens):
             raise SequenceError("a token id must be 0 or more and fit 63 bits")
+        for sequence, chunk in zip(self.sequences, self.chunks, strict=True):
+            self._check_trigger(sequence, len(chunk))
+
+    def _check_trigger(self, sequence: Sequence, count: int) -> None:
+        at, start = sequence.next_trigger, len(sequence)
+        if at is not None and start + count > at:
+            raise SequenceError(
+                f"a chunk of {count} tokens from position {start} on passes position {at}, where the policy chooses "
+                f"which rows stay; give {at - start} tokens and settle there"
+            )
+
+    def _who_looks_on(self) -> dict[int, bool]:
+        found = {}
+        for sequence, chunk in zip(self.sequences, self.chunks, strict=True):
+            for group, observed in enumerate(sequence._observed):
+                if observed is not None and observed.wants(len(sequence) + len(chunk), sequence.next_trigger):
+                    found[group] = observed.mass is not None
+        return found
+
+    def _show(self, layer: int, part: Part, q: Tensor, scale: float, found: Partial) -> None:
+        """Lets the policies of a group see their sequences' queries, and what these gave to rows."""
+        first = 0
+        for index, (sequence, chunk) in enumerate(zip(self.sequences, self.chunks, strict=True)):
+            observed = sequence._observed[part.group]
+            if observed is not None:
+                mass = None if found.mass is None else found.mass[index]
+                observed.see(layer, part.lanes, len(sequence), q[first : first + len(chunk)], scale, mass)
+            first += len(chunk)
 
     def _check_open(self, layer: int) -> None:
         if self.cache.active is not self:
@@ -209,6 +244,9 @@ class Step:
     def _undo(self) -> None:
         """Gives back what was reserved. Rows in old pages lie beyond the sequence's end: blanked before use."""
         for sequence, before in zip(self.sequences, self._columns, strict=True):
+            for observed in sequence._observed:
+                if observed is not None:
+                    observed.forget(len(sequence))
             for table, columns in zip(sequence.tables, before, strict=True):
                 self.cache.release(table, np.arange(len(table.logical)) < columns)
                 table.stale = True
@@ -217,7 +255,7 @@ class Step:
         members = []
         for sequence, start, chunk in zip(self.sequences, self.starts, self.chunks, strict=True):
             table = sequence.tables[index]
-            members.append(Member(table.pages, table.logical, start, len(chunk)))
+            members.append(Member(table.pages, table.logical, start, len(chunk), table.kept))
         return Reads(group.layout, group.page_size, group.retention.window, group.retention.sinks, tuple(members))
 
 

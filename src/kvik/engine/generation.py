@@ -47,6 +47,12 @@ class Request:
             raise UsageError("an empty stop text would end every answer before it starts; leave it out")
 
 
+def room(sequence: KVSequence) -> int:
+    """How many tokens may come before a sequence must settle, for its policy to choose; CHUNK where nothing waits."""
+    at = sequence.next_trigger
+    return CHUNK if at is None else at - len(sequence)
+
+
 def prefill(
     model: Model,
     sequences: Sequence[KVSequence],
@@ -72,10 +78,10 @@ def prefill(
     """
     piece = max(CHUNK // len(sequences), 1)
     logits = torch.empty(0)
-    for start in range(0, len(tokens), piece):
-        if stopping():
-            break
-        chunk = tokens[start : start + piece]
+    start = 0
+    while start < len(tokens) and not stopping():
+        chunk = tokens[start : start + min(piece, *(room(sequence) for sequence in sequences))]
+        start += len(chunk)
         logits = model.run([(sequence, chunk) for sequence in sequences], watch=watch)
         for sequence in sequences:
             sequence.settle()
@@ -116,6 +122,8 @@ class Generation:
                 "trim it, or open another with the prompt"
             )
         self.model, self.request, self.sequence = model, request, sequence
+        if sequence is not None:
+            sequence.prompt = len(request.prompt)
         self.token_ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None

@@ -45,9 +45,9 @@ class Llama:
     def __init__(self, config: Config, source: Source) -> None:
         assert config.rope is not None, "the configuration of a Llama has a rotation"
         self.config = config
-        self.layers = [
-            LayerShape(config.kv_heads, (("k", config.head_dim), ("v", config.head_dim)), w) for w in config.windows
-        ]
+        streams, frequencies = (("k", config.head_dim), ("v", config.head_dim)), config.rope.frequencies()[0]
+        turned = tuple(frequencies.tolist())
+        self.layers = [LayerShape(config.kv_heads, streams, window, turned) for window in config.windows]
         self.embedding = source.embedding("model.embed_tokens")
         self.blocks = [block(config, source, layer) for layer in range(config.layers)]
         self.norm = RMSNorm(source.vector("model.norm.weight"), config.norm_eps)

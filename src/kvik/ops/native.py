@@ -1,7 +1,7 @@
 """Append, attend and compact by the C++ kernels (`native/`), over pages of a CPU, exactly as `ops/reference.py` says.
 
-What the kernels leave to the reference, so that they stay small: attention mass; layouts of other streams than `k` and
-`v`; heads wider than 512.
+What the kernels leave to the reference, so that they stay small: layouts of other streams than `k` and `v`; heads wider
+than 512.
 
 Addresses are handed over as integers, everything checked here: a tensor through DLPack costs more than a short product.
 """
@@ -19,7 +19,7 @@ from kvik.ops import loader, reference
 from kvik.ops import reads as described
 from kvik.ops.fused import Fused
 from kvik.ops.layout import RowLayout
-from kvik.ops.reads import Partial, Reads
+from kvik.ops.reads import Kept, Partial, Reads
 
 _KINDS = {"f32": 0, "bf16": 1, "f16": 2}  # attend.h's Kind; int8 is 3, int4 is 4
 _WIDEST = 512
@@ -42,6 +42,7 @@ class Plan:
             assert end < 1 << 31, "positions fit 31 bits"
             assert (int(logical[-1]) + 1) * reads.page_size >= end, "there are columns for all new tokens"
             members += [table.ctypes.data, logical.ctypes.data, table.shape[1], member.start, member.count]
+            members += _kept(member.kept)
         self._key, self._value = reads.layout.streams
         self._tokens = reads.tokens
         window = _FAR if reads.window is None else reads.window
@@ -79,19 +80,20 @@ class Plan:
         out = torch.empty((tokens, heads, self._value.width))
         lse = torch.empty((tokens, heads)) if want_lse else None
         at, reach = 0, 0
+        masses: tuple[Tensor, ...] | None = None
+        if want_mass:
+            size = self._reads.page_size
+            masses = tuple(torch.zeros((count, member.columns * size)) for member in self._reads.members)
+            lse = torch.empty((tokens, heads))
         if bias is not None:
             bias = _floats(bias).contiguous()
             assert bias.shape[0] == heads, "a bias for each head"
             at, reach = bias.data_ptr(), bias.shape[1]
         self._attend(
             lanes.start, count, heads // count, q.data_ptr(), q.stride(0), scale, softcap or 0.0, at, reach,
-            out.data_ptr(), 0 if lse is None else lse.data_ptr(),
+            out.data_ptr(), 0 if lse is None else lse.data_ptr(), [mass.data_ptr() for mass in masses or ()],
         )  # fmt: skip
-        mass = None
-        if want_mass:
-            slow = reference.plan(self._pages, self._reads)
-            mass = slow.attend(lanes, q, scale=scale, softcap=softcap, bias=bias, want_mass=True).mass
-        return Partial(out, lse, mass)
+        return Partial(out, lse if want_lse else None, masses)
 
     def through(self, lanes: slice, layer: Fused, x: Tensor, angles: Tensor | None) -> bool:
         """See `ops.reads.Plan.through`."""
@@ -140,6 +142,14 @@ def _layout(layout: RowLayout, size: int) -> list[int]:
         mixed = stream.by == "mix"
         out += [kind, stream.codec.rotated, mixed, stream.width, stream.code_bytes, stream.groups, codes, scales]
     return out
+
+
+def _kept(kept: Kept | None) -> list[int]:
+    if kept is None:
+        return [0, 0, 0, 0]
+    for each in (kept.pages, kept.counts, kept.positions):
+        assert each.dtype == "int32" and each.flags.c_contiguous, "kept rows are int32, without gaps"
+    return [kept.pages.ctypes.data, kept.counts.ctypes.data, kept.positions.ctypes.data, kept.pages.shape[1]]
 
 
 def _floats(x: Tensor) -> Tensor:

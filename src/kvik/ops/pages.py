@@ -41,6 +41,12 @@ def decoded(pages: Tensor, layout: RowLayout, size: int) -> dict[str, Tensor]:
     return out
 
 
+def rows(pages: Tensor, layout: RowLayout, size: int, slots: Tensor) -> dict[str, Tensor]:
+    """Chosen slots, int64 [S] → f32 [S, W] by stream, still rotated where their codec rotates."""
+    used, which = torch.unique(slots // size, return_inverse=True)
+    return {name: x[which, slots % size] for name, x in decoded(pages[used], layout, size).items()}
+
+
 def packed(pages: Tensor, layout: RowLayout, size: int) -> Tensor:
     """Whole pages as rows one after another, bytes verbatim: uint8 [X, page bytes] → [X, N, row bytes]."""
     out = pages.new_zeros((*pages.shape[:-1], size, layout.row_bytes))

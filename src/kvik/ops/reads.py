@@ -6,6 +6,11 @@ A page table is opened at a logical page, the one that holds its positions:
     pages    [17,  3,  12]          of lane 0; a row for each lane
 
 Positions between are holes: nothing is there, and no query sees it.
+
+Rows that stayed when others left lie apart, in pages of their own, lane by lane, without gaps, each with its position:
+
+    kept.pages      [40, 41]      of lane 0, whose count is 45: all of page 40 and 13 slots of page 41
+    kept.positions  0, 1, 7, …    ascending, and all before the table's first
 """
 
 from __future__ import annotations
@@ -26,6 +31,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Rows that stayed when others left. Every later query sees them, before all others.
+
+    Attributes:
+        pages: int32 [lanes, columns], contiguous; of a lane, the first ⌈count / N⌉ are its own.
+        counts: int32 [lanes].
+        positions: int32 [lanes, columns · N]; -1 behind a lane's last row.
+    """
+
+    pages: NDArray[np.int32]
+    counts: NDArray[np.int32]
+    positions: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
 class Member:
     """One sequence of a step.
 
@@ -34,12 +54,19 @@ class Member:
         logical: int32 [columns], ascending: column c holds positions logical[c]·N … logical[c]·N + N - 1.
         start: position of its first new token; there are columns for all new tokens.
         count: new tokens.
+        kept: rows from before the table's first position; None = none.
     """
 
     pages: NDArray[np.int32]
     logical: NDArray[np.int32]
     start: int
     count: int
+    kept: Kept | None = None
+
+    @property
+    def columns(self) -> int:
+        """Pages a lane, kept ones first, as masses count them."""
+        return len(self.logical) + (0 if self.kept is None else self.kept.pages.shape[1])
 
 
 @dataclass(frozen=True)
@@ -95,8 +122,9 @@ class Partial:
     Attributes:
         out: [T, H, E].
         lse: log Σ exp(score), [T, H]; None unless asked for.
-        mass: for each member, the weight that each slot of its table received from the step's tokens, summed over
-            them and over the queries that share a lane: [L, columns · N]; None unless asked for.
+        mass: for each member, the weight that each slot of its kept pages and then of its table received from the
+            step's tokens, summed over them and over the queries that share a lane: [L, columns · N]; None unless asked
+            for.
     """
 
     out: Tensor
@@ -110,9 +138,11 @@ def merge(a: Partial, b: Partial) -> Partial:
     Both need their `lse`. A part in which a query saw nothing has a very low lse and weighs nothing.
     """
     assert a.lse is not None and b.lse is not None, "merge needs log-sum-exp: attend(..., want_lse=True)"
-    lse = torch.logaddexp(a.lse, b.lse)
-    out = a.out * (a.lse - lse).exp().unsqueeze(-1) + b.out * (b.lse - lse).exp().unsqueeze(-1)
-    return Partial(out, lse)
+    top = torch.maximum(a.lse, b.lse)
+    x, y = (a.lse - top).exp(), (b.lse - top).exp()  # logaddexp would give a value other bits at a tensor's end
+    total = x + y
+    out = (a.out * x.unsqueeze(-1) + b.out * y.unsqueeze(-1)) / total.unsqueeze(-1)
+    return Partial(out, top + total.log())
 
 
 class Plan(Protocol):

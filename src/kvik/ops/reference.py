@@ -35,7 +35,7 @@ from kvik.ops import pages as paged
 from kvik.ops.codecs import hadamard
 from kvik.ops.fused import Fused
 from kvik.ops.layout import RowLayout
-from kvik.ops.reads import Member, Partial, Reads
+from kvik.ops.reads import Member, Partial, Reads, merge
 
 TILE = 128  # slots; a multiple of every page size
 QUERY_BLOCK = 64  # tokens of one sequence that are attended at once: bounds the scores' memory, not the result
@@ -51,11 +51,11 @@ class Block:
         tokens: int64 [I·n], the step's tokens these items are; None = all of them, in order.
         chunk: n, tokens an item.
         pages: int64 [lanes of the group, I·S/N]. A hole names any page of the item; its slots are not visible.
-        visible: bool [I, n, S].
+        visible: bool [V, I, n, S]; V is 1, or the lanes of the group where each holds rows of its own.
         asking: int64 [I, n], positions of the queries.
-        held: int64 [I, S], positions of the slots; beyond every query's where nothing is held.
+        held: int64 [V, I, S], positions of the slots; beyond every query's where nothing is held.
         members: int64 [I], whose they are.
-        places: int64 [I, S], slots in the members' tables; 0 where nothing is held.
+        places: int64 [I, S], slots as the members' masses count them; 0 where nothing is held.
     """
 
     tokens: Tensor | None
@@ -71,16 +71,22 @@ class Block:
     @property
     def items(self) -> int:
         """I."""
-        return self.visible.shape[0]
+        return self.visible.shape[1]
 
-    def hidden(self, shared: int, multiple: int) -> Tensor:
-        """bool [1, I, C, M, TILE]: the mask as the scores lie, for lanes that `shared` queries share; made once."""
+    @property
+    def tiles(self) -> int:
+        """C."""
+        return self.visible.shape[3] // TILE
+
+    def hidden(self, lanes: slice, shared: int, multiple: int) -> Tensor:
+        """bool [1 or L, I, C, M, TILE]: the mask as the scores lie, for lanes that `shared` queries share."""
         if shared not in self._hidden:
-            items, n, slots = self.visible.shape
-            rows = (~self.visible).unsqueeze(2).expand(-1, -1, shared, -1).reshape(items, n * shared, slots)
+            kinds, items, n, slots = self.visible.shape
+            rows = (~self.visible).unsqueeze(3).expand(-1, -1, -1, shared, -1).reshape(kinds, items, n * shared, slots)
             rows = torch.nn.functional.pad(rows, (0, 0, 0, -n * shared % multiple), value=True)
-            self._hidden[shared] = torch.unflatten(rows, 2, (-1, TILE)).transpose(1, 2).contiguous().unsqueeze(0)
-        return self._hidden[shared]
+            self._hidden[shared] = torch.unflatten(rows, 3, (-1, TILE)).transpose(2, 3).contiguous()
+        every = self._hidden[shared]
+        return every if len(every) == 1 else every[lanes]
 
 
 class Plan:
@@ -91,6 +97,7 @@ class Plan:
         self.reads = reads
         self.slots = torch.from_numpy(reads.slots()).to(pages.device)
         self.blocks = _blocks(reads, pages.device)
+        self.kept = _kept_blocks(reads, pages.device)
 
     def append(self, lanes: slice, rows: Mapping[str, Tensor]) -> None:
         """See `ops.reads.Plan.append`."""
@@ -109,25 +116,34 @@ class Plan:
         want_mass: bool = False,
     ) -> Partial:
         """See `ops.reads.Plan.attend`."""
-        key, value = self.reads.layout.streams
-        heads, count = q.shape[1], lanes.stop - lanes.start
+        key, _ = self.reads.layout.streams
         q = (hadamard(q) if key.codec.rotated else q) * scale
-        out = q.new_empty((q.shape[0], heads, value.width))
-        lse = q.new_empty((q.shape[0], heads)) if want_lse else None
-        masses = [q.new_zeros((count, m.pages.shape[1] * self.reads.page_size)) for m in self.reads.members]
-        for block in self.blocks:
-            tokens = slice(None) if block.tokens is None else block.tokens
-            item_bias = None if bias is None else _bias(bias, block, count)
-            part, found, mass = _attend(
-                self.pages, self.reads, block, lanes, q[tokens], softcap, item_bias, want_lse, want_mass
-            )
-            out[tokens] = hadamard(part) if value.codec.rotated else part
-            if lse is not None and found is not None:
-                lse[tokens] = found
-            if mass is not None:
+        ask = _Ask(self.pages, self.reads, lanes, q, softcap, bias)
+        found = self._over(self.blocks, ask, want_lse or want_mass or bool(self.kept))
+        if self.kept:
+            found = merge(found, self._over(self.kept, ask, True))
+        masses = None
+        if want_mass and found.lse is not None:
+            count = lanes.stop - lanes.start
+            masses = tuple(q.new_zeros((count, m.columns * self.reads.page_size)) for m in self.reads.members)
+            for block in (*self.kept, *self.blocks):
+                mass = _mass(ask, block, found.lse)
                 for i, member in enumerate(block.members.tolist()):
                     masses[member].index_add_(1, block.places[i], mass[:, i])
-        return Partial(out, lse, tuple(masses) if want_mass else None)
+        return Partial(found.out, found.lse if want_lse else None, masses)
+
+    def _over(self, blocks: list[Block], ask: _Ask, want_lse: bool) -> Partial:
+        """Attention over the rows of some blocks; of tokens that ask none of them, nothing."""
+        value, (tokens, heads, _) = self.reads.layout.streams[1], ask.q.shape
+        out = ask.q.new_zeros((tokens, heads, value.width))
+        lse = ask.q.new_full((tokens, heads), UNSEEN) if want_lse else None
+        for block in blocks:
+            rows = slice(None) if block.tokens is None else block.tokens
+            part, found = _attend(ask, block, want_lse)
+            out[rows] = hadamard(part) if value.codec.rotated else part
+            if lse is not None and found is not None:
+                lse[rows] = found
+        return Partial(out, lse)
 
     def through(self, lanes: slice, layer: Fused, x: Tensor, angles: Tensor | None) -> bool:
         """See `ops.reads.Plan.through`: there is no shorter way here."""
@@ -142,6 +158,23 @@ def plan(pages: Tensor, reads: Reads) -> Plan:
 def compact(pages: Tensor, layout: RowLayout, size: int, source: Tensor, target: Tensor) -> None:
     """See `ops.reads.Backend.compact`."""
     paged.move(pages, layout, size, source, target)
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What is asked in one layer: q f32 [T, H, D], rotated and scaled; bias f32 [H, R]."""
+
+    pages: Tensor
+    reads: Reads
+    lanes: slice
+    q: Tensor
+    softcap: float | None
+    bias: Tensor | None
+
+    @property
+    def count(self) -> int:
+        """L."""
+        return int(self.lanes.stop - self.lanes.start)
 
 
 @dataclass(frozen=True)
@@ -164,7 +197,8 @@ def _blocks(reads: Reads, device: torch.device) -> list[Block]:
         for begin in range(start, end, QUERY_BLOCK):
             stop = min(begin + QUERY_BLOCK, end)
             last = (stop - 1) // TILE
-            oldest = 0 if reads.window is None else max(begin - reads.window + 1, 0) // TILE
+            held = int(member.logical[0]) * reads.page_size // TILE  # nothing is before it
+            oldest = held if reads.window is None else max(begin - reads.window + 1, 0) // TILE
             sinks = range(min(-(-reads.sinks // TILE), oldest))
             item = _Item(number, first + begin - start, begin, stop, (*sinks, *range(oldest, last + 1)))
             tiles = len(item.tiles) if stop - begin > 1 else 1 << (len(item.tiles) - 1).bit_length()
@@ -175,21 +209,66 @@ def _blocks(reads: Reads, device: torch.device) -> list[Block]:
 
 def _block(reads: Reads, n: int, tiles: int, items: list[_Item], device: torch.device) -> Block:
     size = reads.page_size
-    found = [_pages_of(reads.members[item.member], size, item.tiles, tiles) for item in items]
+    of = [reads.members[item.member] for item in items]
+    found = [_pages_of(member, size, item.tiles, tiles) for member, item in zip(of, items, strict=True)]
     pages = np.concatenate([pages for pages, _, _ in found], axis=1)
     logical = np.stack([logical for _, logical, _ in found])  # [I, S/N]
     columns = np.stack([columns for _, _, columns in found])
     within = np.arange(size)
     held = np.where(logical[..., None] < 0, _NOWHERE, logical[..., None] * size + within).reshape(len(items), -1)
-    places = np.where(logical[..., None] < 0, 0, columns[..., None] * size + within).reshape(len(items), -1)
+    first = np.array([member.columns - len(member.logical) for member in of])[:, None, None]  # kept pages come before
+    places = np.where(logical[..., None] < 0, 0, (first + columns[..., None]) * size + within).reshape(len(items), -1)
     asking = np.stack([np.arange(item.start, item.stop) for item in items])
-    visible = reads.visible(asking[:, :, None], held[:, None, :])
+    visible = reads.visible(asking[:, :, None], held[:, None, :])[None]
+    return _made(reads, n, items, pages, visible, asking, held[None], places, device)
+
+
+def _made(
+    reads: Reads,
+    n: int,
+    items: list[_Item],
+    pages: NDArray[np.int64],
+    visible: NDArray[np.bool_],
+    asking: NDArray[np.int64],
+    held: NDArray[np.int64],
+    places: NDArray[np.int64],
+    device: torch.device,
+) -> Block:
     rows = np.concatenate([np.arange(item.first, item.first + n) for item in items])
     whole = len(rows) == reads.tokens and bool((rows == np.arange(len(rows))).all())
     members = np.array([item.member for item in items])
     arrays = (pages, visible, asking, held, members, places)
     tensors = [torch.from_numpy(np.ascontiguousarray(each)).to(device) for each in arrays]
     return Block(None if whole else torch.from_numpy(rows).to(device), n, *tensors)
+
+
+def _kept_blocks(reads: Reads, device: torch.device) -> list[Block]:
+    """Blocks of queries over the rows that members kept."""
+    out, first = [], 0
+    for number, member in enumerate(reads.members):
+        end = member.start + member.count
+        for begin in range(member.start, end, QUERY_BLOCK):
+            if member.kept is not None and member.kept.counts.any():
+                stop = min(begin + QUERY_BLOCK, end)
+                out.append(_kept_block(reads, _Item(number, first + begin - member.start, begin, stop, ()), device))
+        first += member.count
+    return out
+
+
+def _kept_block(reads: Reads, item: _Item, device: torch.device) -> Block:
+    kept, size, n = reads.members[item.member].kept, reads.page_size, item.stop - item.start
+    assert kept is not None, "asked only where there is something"
+    lanes, slots = kept.positions.shape
+    whole = -(-slots // TILE) * TILE
+    pages = np.zeros((lanes, whole // size), np.int64)
+    used = np.arange(kept.pages.shape[1]) * size < kept.counts[:, None]
+    pages[:, : slots // size] = np.where(used, kept.pages, kept.pages[:1, :1])
+    there = np.arange(whole) < kept.counts[:, None]  # [lanes, S]
+    held = np.full((lanes, 1, whole), _NOWHERE, np.int64)
+    held[:, 0, :slots] = np.where(there[:, :slots], kept.positions, _NOWHERE)
+    visible = np.broadcast_to(there[:, None, None, :], (lanes, 1, n, whole)).copy()
+    asking, places = np.arange(item.start, item.stop)[None], np.minimum(np.arange(whole), slots - 1)[None]
+    return _made(reads, n, [item], pages, visible, asking, held, places, device)
 
 
 def _pages_of(
@@ -206,39 +285,41 @@ def _pages_of(
     return member.pages[:, columns].astype(np.int64), logical, columns
 
 
-def _attend(
-    pages: Tensor,
-    reads: Reads,
-    read: Block,
-    lanes: slice,
-    q: Tensor,
-    softcap: float | None,
-    bias: Tensor | None,
-    want_lse: bool,
-    want_mass: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """One Block: q [I·n, H, D] → out [I·n, H, E], lse [I·n, H], mass [L, I, S]."""
-    count, items, n = lanes.stop - lanes.start, read.items, read.chunk
-    shared, tiles, multiple = q.shape[1] // count, read.visible.shape[2] // TILE, row_multiple(q.shape[2], q.device)
+def _scores(ask: _Ask, read: Block) -> tuple[Tensor, Tensor]:
+    """One Block: masked scores [L·I·C, M, TILE] and values [L·I·C, TILE, E]."""
+    count, items, n, tiles = ask.count, read.items, read.chunk, read.tiles
+    q = ask.q if read.tokens is None else ask.q[read.tokens]
+    shared, multiple = q.shape[1] // count, row_multiple(q.shape[2], q.device)
     batch, used = count * items, n * shared
-    stored = pages.index_select(0, read.pages[lanes].reshape(-1))
-    k, v = (x.reshape(batch * tiles, TILE, -1) for x in paged.decoded(stored, reads.layout, reads.page_size).values())
-
+    stored = ask.pages.index_select(0, read.pages[ask.lanes].reshape(-1))
+    k, v = (
+        x.reshape(batch * tiles, TILE, -1)
+        for x in paged.decoded(stored, ask.reads.layout, ask.reads.page_size).values()
+    )
     rows = q.view(items, n, count, shared, -1).permute(2, 0, 1, 3, 4).reshape(batch, used, -1)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, -used % multiple))
     if tiles > 1:
         rows = rows.unsqueeze(1).expand(-1, tiles, -1, -1).flatten(0, 1)
     scores = torch.bmm(rows, k.transpose(1, 2))  # [batch·C, M, TILE]
-    if softcap is not None:
-        scores = (scores / softcap).tanh_().mul_(softcap)
+    if ask.softcap is not None:
+        scores = (scores / ask.softcap).tanh_().mul_(ask.softcap)
 
-    if bias is not None:  # the scores of queries that are no padding, as [L, I, C, n, G, TILE]
+    if ask.bias is not None:  # the scores of queries that are no padding, as [L, I, C, n, G, TILE]
+        bias = _bias(ask.bias, read, ask.lanes)
         real = torch.unflatten(scores.view(count, items, tiles, -1, TILE)[:, :, :, :used], 3, (n, shared))
         real += torch.unflatten(bias, -1, (tiles, TILE)).permute(0, 1, 4, 2, 3, 5)
-    scores.view(count, items, tiles, -1, TILE).masked_fill_(read.hidden(shared, multiple), UNSEEN)
+    scores.view(count, items, tiles, -1, TILE).masked_fill_(read.hidden(ask.lanes, shared, multiple), UNSEEN)
+    return scores, v
+
+
+def _attend(ask: _Ask, read: Block, want_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """One Block: out [I·n, H, E], lse [I·n, H]."""
+    count, items, n, tiles = ask.count, read.items, read.chunk, read.tiles
+    shared, batch = ask.q.shape[1] // count, count * items
+    scores, v = _scores(ask, read)
     weights = torch.softmax(scores, dim=-1)
     out = torch.bmm(weights, v)
-    lse, share = None, None
+    lse = None
     if tiles > 1 or want_lse:  # a tile's log Σ exp(score), from its largest score and that one's weight
         lse = scores.amax(dim=-1, keepdim=True) - weights.amax(dim=-1, keepdim=True).log()
     if tiles > 1 and lse is not None:
@@ -246,14 +327,20 @@ def _attend(
         top = lse.amax(dim=1, keepdim=True)
         factor = (lse - top).exp_()
         total = _in_order(factor)
-        share = factor / total.unsqueeze(1)
         lse, out = top.squeeze(1) + total.log(), _in_order(out * factor) / total
-    mass = None
-    if want_mass:
-        weights = weights.view(batch, tiles, -1, TILE) * (1.0 if share is None else share)
-        mass = weights[:, :, :used].sum(dim=2).reshape(count, items, -1)
     lse = _by_token(lse, count, items, n, shared).squeeze(-1) if want_lse and lse is not None else None
-    return _by_token(out, count, items, n, shared), lse, mass
+    return _by_token(out, count, items, n, shared), lse
+
+
+def _mass(ask: _Ask, read: Block, lse: Tensor) -> Tensor:
+    """What each slot of a Block received, once the log-sum-exp of each query over all its rows is known: [L, I, S]."""
+    count, items, n, tiles = ask.count, read.items, read.chunk, read.tiles
+    shared = ask.q.shape[1] // count
+    scores, _ = _scores(ask, read)
+    scores = scores.view(count, items, tiles, -1, TILE)[:, :, :, : n * shared]
+    whole = lse if read.tokens is None else lse[read.tokens]
+    whole = whole.view(items, n, count, shared).permute(2, 0, 1, 3).reshape(count, items, 1, n * shared, 1)
+    return (scores - whole).exp_().sum(dim=3).reshape(count, items, -1)
 
 
 def _in_order(parts: Tensor) -> Tensor:
@@ -270,11 +357,13 @@ def _by_token(x: Tensor, count: int, items: int, n: int, shared: int) -> Tensor:
     return x.permute(1, 2, 0, 3, 4).reshape(items * n, count * shared, -1)
 
 
-def _bias(bias: Tensor, read: Block, count: int) -> Tensor:
+def _bias(bias: Tensor, read: Block, lanes: slice) -> Tensor:
     """[H, R] by distance → [L, I, n, G, S] by slot."""
-    back = read.asking.unsqueeze(-1) - read.held.unsqueeze(1)
-    table = bias[:, back.clamp(0, bias.shape[1] - 1)]  # [H, I, n, S]
-    return torch.unflatten(table, 0, (count, -1)).permute(0, 2, 3, 1, 4)
+    held = read.held if len(read.held) == 1 else read.held[lanes]
+    back = (read.asking.unsqueeze(-1) - held.unsqueeze(2)).clamp(0, bias.shape[1] - 1)  # [1 or L, I, n, S]
+    lane = torch.unflatten(bias, 0, (lanes.stop - lanes.start, -1))
+    table = torch.stack([of[:, back[i % len(back)]] for i, of in enumerate(lane)])  # [L, G, I, n, S]
+    return table.permute(0, 2, 3, 1, 4)
 
 
 @lru_cache(maxsize=64)

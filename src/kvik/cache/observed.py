@@ -1,0 +1,98 @@
+"""What a policy asked to see of a sequence's queries, in one group. Pending until the sequence settles.
+
+A policy that must see the last w queries sees those from w positions before its next trigger on; one that must see all
+sees the attention mass that every query gives to every row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvik.cache.methods import Needs
+from kvik.cache.policy import Policy
+from kvik.cache.spec import Group
+
+
+def may_know(policy: Policy, tokens: int) -> int:
+    """How many of a prompt's tokens may be taken as known: the last is always computed, for its logits."""
+    return 0 if Needs.MASS in policy.needs else max(tokens - max(policy.last, 1), 0)
+
+
+class Observed:
+    """Queries by layer, and attention mass by row.
+
+    Attributes:
+        mass: f32 [lanes, slots]: of kept pages, then of the table's; None where the policy has no need of it.
+        scale: of the scores, as attention was asked for; None while nothing was seen.
+    """
+
+    def __init__(self, policy: Policy, group: Group) -> None:
+        self.policy = policy
+        self.mass = torch.zeros((len(group.lanes), 0)) if Needs.MASS in policy.needs else None
+        self.scale: float | None = None
+        self._queries: dict[int, list[tuple[int, Tensor]]] = {}  # layer -> (position of the first, [t, L, G, D])
+        self._pending: list[tuple[slice, Tensor]] = []
+
+    def wants(self, stop: int, trigger: int | None) -> bool:
+        """Whether anything is to be seen of a chunk that ends before position `stop`."""
+        near = trigger is not None and stop > trigger - self.policy.last
+        return self.mass is not None or (self.policy.last > 0 and near)
+
+    def see(self, layer: int, lanes: slice, start: int, q: Tensor, scale: float, mass: Tensor | None) -> None:
+        """Takes a sequence's queries f32 [t, H, D] from position `start` on, and what its rows received, [L, slots]."""
+        self.scale = scale
+        if self.policy.last:
+            last = q[-self.policy.last :]
+            grouped = torch.unflatten(last, 1, (lanes.stop - lanes.start, -1)).clone()
+            self._queries.setdefault(layer, []).append((start + len(q) - len(last), grouped))
+        if self.mass is not None and mass is not None:
+            self._pending.append((lanes, mass))
+
+    def forget(self, start: int) -> None:
+        """What was seen of tokens from position `start` on leaves no trace."""
+        self._pending.clear()
+        for layer, seen in self._queries.items():
+            self._queries[layer] = [(at, q[: start - at]) for at, q in seen if at < start]
+
+    def settle(self) -> None:
+        """What is pending counts."""
+        for lanes, mass in self._pending:
+            assert self.mass is not None, "only what was asked for is pending"
+            missing = mass.shape[1] - self.mass.shape[1]
+            self.mass = torch.nn.functional.pad(self.mass, (0, missing)) if missing > 0 else self.mass
+            self.mass[lanes, : mass.shape[1]] += mass
+        self._pending.clear()
+        for layer, seen in self._queries.items():
+            self._queries[layer] = _last(seen, self.policy.last)
+
+    def queries(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """The last queries of a layer, f32 [w, L, G, D], and their positions, int64 [w]."""
+        seen = self._queries.get(layer, [])
+        if not seen:
+            return None
+        asking = [torch.arange(at, at + len(q)) for at, q in seen]
+        return torch.cat([q for _, q in seen]), torch.cat(asking)
+
+    def done(self) -> None:
+        """The policy has chosen: the queries have done their work."""
+        self._queries.clear()
+
+    def copy(self, group: Group) -> Observed:
+        """For a fork."""
+        twin = Observed(self.policy, group)
+        twin.mass = None if self.mass is None else self.mass.clone()
+        twin.scale = self.scale
+        twin._queries = {layer: list(seen) for layer, seen in self._queries.items()}
+        return twin
+
+
+def _last(seen: list[tuple[int, Tensor]], count: int) -> list[tuple[int, Tensor]]:
+    """Of pieces in order, the last `count` queries."""
+    out: list[tuple[int, Tensor]] = []
+    for at, q in reversed(seen):
+        if count <= 0:
+            break
+        out.insert(0, (at + max(len(q) - count, 0), q[-count:]))
+        count -= len(q)
+    return out
