@@ -14,11 +14,12 @@ from kvik.cache.cache import Cache
 from kvik.cache.sequence import Sequence
 from kvik.errors import SpecError, StorageError, UsageError
 from kvik.eval import evaluate
+from kvik.eval.caches import CHUNK
 from kvik.eval.ledger import Ledger
 from kvik.eval.measures import Reference, interval, joined
 from kvik.eval.needles import DEPTHS, DIGITS, Answer, Needles, ask_all, haystacks
 from kvik.eval.results import Document, Kept
-from kvik.eval.runs import CHUNK, TIMED
+from kvik.eval.runs import TIMED
 from kvik.models.model import Model
 
 PREFIX, SCORED = 80, 90
@@ -134,7 +135,7 @@ def test_only_what_no_other_beats_is_on_the_frontier():
 @pytest.mark.parametrize("protocol", ["prompt", "stream"])
 def test_full_rows_and_windows_that_hide_nothing_differ_by_exactly_nothing(model, text, protocol):
     long = PREFIX + SCORED
-    same = ("f32; page 64", f"f32+window:{long}", f"f32+window:{long - 4},sinks:4")
+    same = ("f32; page 64", f"f32+window:{long}", f"f32+window:{long - 4},sinks:4", "f32+snapkv:100%")
     found = measured(model, text, *same, f"f32+window:{long // 2}", protocol=protocol)
     for spec in ("f32", *same):
         it = found[spec]
@@ -176,6 +177,21 @@ def test_each_protocol_takes_the_prefix_in_as_it_says(model, text, monkeypatch):
     taken.clear()
     evaluate(model, text, [], prefix=PREFIX, scored=SCORED, documents=1, protocol="stream")
     assert told[1:] == [0] and taken == [(0, 64, False), (64, PREFIX - 64, False), *steps]
+
+
+def test_a_policy_drops_where_the_prompt_ends_and_later_where_it_says(model, text):
+    specs = ("f32+snapkv:25%", "f32+snapkv:25%,every:16", "f32+keydiff:40rows,every:32")
+    found = measured(model, text, *specs, prefix=160)
+    once, again, bound = (found[spec] for spec in specs)
+    whole = model.spec("f32").nbytes(160).allocated
+    for each in (once, again):
+        assert each.evicts and each.kept == pytest.approx(0.25, abs=0.02) and each.peak == whole
+    assert bound.evicts and bound.peak < whole, "during the prompt too"
+    assert once.kl > 0 < bound.kl and once.kl != again.kl, "and where a chunk of 64 would pass it, too"
+    rows = once.documents[0].kept.rows
+    assert rows.mean(axis=1) == pytest.approx(np.full(4, 0.25), abs=0.05) and not (rows == rows[0]).all()
+    stream = measured(model, text, *specs, prefix=160, protocol="stream")
+    assert not stream[specs[0]].evicts and stream[specs[2]].kl == bound.kl
 
 
 def test_mixed_layers_and_a_models_own_window_can_be_measured(text):
@@ -386,7 +402,7 @@ def test_what_is_retained_is_of_what_the_full_cache_answers():
 
 
 def test_needles_are_asked_under_every_spec_and_resumed(reading, tmp_path, monkeypatch):
-    specs = [reading.spec(kv) for kv in ("f32", "f32+window:700", "f32+window:64")]
+    specs = [reading.spec(kv) for kv in ("f32", "f32+window:700", "f32+snapkv:25%,every:16")]
     found = ask_all(reading, specs, Ledger(tmp_path / "done.jsonl"), lambda *_: None)
     full, same, small = found.answers
     assert same == full != small and len(full) == 20

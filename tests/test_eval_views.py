@@ -73,7 +73,7 @@ def test_what_a_measurement_can_not_say_is_said(found):
     short = replace(found.measured[2], spec="int8+window:9000")
     it = replace(found, measured=(*found.measured, short), setup=replace(found.setup, documents=1))
     words = " ".join(printed(it).split())
-    assert "none was dropped of so short a text by int8+window:9000; use a longer --prefix" in words
+    assert "none was dropped of this text by int8+window:9000; use a longer --prefix" in words
     assert "one document says nothing about others" in words
     nothing = tuple(replace(each, right=False) for each in found.needles.answers[0])
     blind = replace(found.needles, answers=(nothing, *found.needles.answers[1:]))

@@ -1,19 +1,23 @@
-"""What an evaluation asks of a cache: one for a text, and an account of the rows that it still has."""
+"""What an evaluation asks of a cache: one for a text, all predictions of it, and an account of the rows left."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kvik.cache.cache import Cache
 from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Spec
 from kvik.cache.step import Step
+from kvik.engine.generation import room
 from kvik.eval.results import FULL
 from kvik.models.model import Model
+
+CHUNK = 64  # tokens at once where all their predictions are wanted: 12 MB of SmolLM2's
 
 
 def distinct(model: Model, specs: Sequence[str]) -> list[Spec]:
@@ -35,6 +39,21 @@ def opened(model: Model, kv: str, tokens: int) -> Cache:
         rows = sum(len(group.lanes) * (tokens + 2 * group.page_size) * group.layout.row_bytes for group in groups)
         memory = 2 * rows + (64 << 20)
     return model.cache(kv, memory=memory, shares=False)
+
+
+def forced(model: Model, sequence: KVSequence, tokens: Sequence[int], most: int = CHUNK) -> Iterator[Tensor]:
+    """Feeds tokens, `most` at once, each chunk settled; none passes a position at which a policy chooses.
+
+    Yields:
+        Logits after every token, f32 [tokens of the chunk, vocabulary].
+    """
+    start = 0
+    while start < len(tokens):
+        chunk = tokens[start : start + min(most, room(sequence))]
+        logits = model.run([(sequence, chunk)], every=True)
+        sequence.settle()
+        start += len(chunk)
+        yield logits
 
 
 class Peak:

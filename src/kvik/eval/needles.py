@@ -19,12 +19,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import torch
+
 from kvik.cache.prefix import digest
 from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Spec
 from kvik.engine.generation import prefill
 from kvik.errors import UsageError
-from kvik.eval.caches import opened
+from kvik.eval.caches import forced, opened
 from kvik.eval.ledger import Ledger
 from kvik.eval.measures import log_probabilities
 from kvik.models.model import Model
@@ -243,7 +245,7 @@ def _ask(model: Model, kv: str, text: Haystack) -> list[Answer]:
 
 def _answer(model: Model, sequence: KVSequence, text: Haystack, question: Question) -> Answer:
     asked, answer = question.tokens, question.answer
-    logits = model.run([(sequence, (*asked, *answer[:-1]))], every=True)[len(asked) - 1 :]
+    logits = torch.cat(list(forced(model, sequence, (*asked, *answer[:-1]))))[len(asked) - 1 :]
     right = logits.argmax(dim=-1).tolist() == list(answer)
     chances = log_probabilities(logits)[range(len(answer)), list(answer)]
     return Answer(text.kind, text.length, question.depth, right, float(chances.sum()) / DIGITS)

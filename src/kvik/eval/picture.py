@@ -104,7 +104,7 @@ def _name(each: Measured) -> str:
 def _legend(axes: Axes, found: Evaluation) -> None:
     from matplotlib.lines import Line2D
 
-    kinds = [("o", CODEC, "every row stays, stored smaller")]
+    kinds = [("o", CODEC, "every row stays")]
     if any(each.evicts for each in found.measured):
         kinds.append(("D", EVICTION, "rows are dropped"))
     handles = [Line2D([], [], color=color, marker=mark, linestyle="", label=text) for mark, color, text in kinds]

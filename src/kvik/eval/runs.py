@@ -13,7 +13,7 @@ what it does: bytes and rows are the sequence's own account.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,14 +22,13 @@ from kvik.bench.rates import Clock, clock_of
 from kvik.bench.runs import environment
 from kvik.cache.spec import Spec
 from kvik.engine.generation import prefill
-from kvik.eval.caches import Peak, distinct, kept_rows, kept_share, opened
+from kvik.eval.caches import CHUNK, Peak, distinct, forced, kept_rows, kept_share, opened
 from kvik.eval.ledger import Ledger
 from kvik.eval.measures import Compared, Reference, joined
 from kvik.eval.needles import ask_all
 from kvik.eval.results import FULL, Costs, Document, Evaluation, Kept, Measured, Protocol, Setup
 from kvik.models.model import Model
 
-CHUNK = 64  # tokens at once where all their predictions are wanted: 12 MB of SmolLM2's
 TIMED = 8  # tokens that go in one by one
 Show = Callable[[str, int, int], None]
 Take = Callable[[int, Tensor], None]
@@ -136,32 +135,28 @@ class _Runs:
         known = prefix if self.setup.protocol == "prompt" else ()
         started = clock()
         with cache.open(known) as sequence:
-            for piece in [prefix] if known else _pieces(prefix, CHUNK):
-                prefill(self.model, [sequence], piece, watch=peak.watch)
+            size = len(prefix) if known else CHUNK
+            for start in range(0, len(prefix), size):
+                prefill(self.model, [sequence], prefix[start : start + size], watch=peak.watch)
             first = clock() - started
             held, share = sequence.nbytes, kept_share(sequence)
             kept = Kept.of(kept_rows(sequence)) if number == 0 else None
             seconds, at = [], 0
-            for piece in (*_pieces(rest[:TIMED], 1), *_pieces(rest[TIMED:], CHUNK)):
+            for token in rest[:TIMED]:
                 began = clock()
-                logits = self.model.run([(sequence, piece)], every=True)
-                sequence.settle()
-                if at < TIMED:
-                    seconds.append(clock() - began)
+                (logits,) = forced(self.model, sequence, [token])
+                seconds.append(clock() - began)
                 take(at, logits)
-                at += len(piece)
+                at += 1
+            for logits in forced(self.model, sequence, rest[TIMED:]):
+                take(at, logits)
+                at += len(logits)
         most, step = max(peak.allocated, held.allocated), statistics.median(seconds)
         return Costs(len(prefix), held.payload, held.overhead, most, share, first, step), kept
 
     def _say(self, number: int, place: int) -> None:
         what = f"document {number + 1} of {self.setup.documents}: {self.specs[place]}"
         self._show(what, number * len(self.specs) + place, self.setup.documents * len(self.specs))
-
-
-def _pieces(tokens: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Chunks of a text; a trigger between two tokens, should a policy ever name one, would cut here."""
-    for start in range(0, len(tokens), size):
-        yield tokens[start : start + size]
 
 
 def _document(parts: Sequence[Compared], costs: Costs, kept: Kept | None) -> Document:

@@ -148,7 +148,8 @@ def facts(found: Evaluation) -> Iterator[tuple[str, str]]:
         yield "interval", "one document says nothing about others; use more --documents"
     idle = [each.spec for each in found.measured if not each.evicts and "+" in each.spec]
     if idle:
-        yield "rows", f"none was dropped of so short a text by {', '.join(idle)}; use a longer --prefix"
+        way = "use --protocol prompt, or a longer --prefix" if it.protocol == "stream" else "use a longer --prefix"
+        yield "rows", f"none was dropped of this text by {', '.join(idle)}; {way}"
     yield "frontier", "; ".join(f"‘{each.spec}’" for each in found.frontier) + ": no other has fewer bytes and less KL"
     if found.needles is not None and found.needles.retained(found.full.spec) is None:
         yield "keys", "the full cache finds none, so nothing can be retained; use a model that follows questions"
