@@ -104,10 +104,10 @@ def test_the_pictures_are_pictures_and_leave_settings_alone(found, tmp_path):
     for picture in (draw_frontier, draw_map, draw_needles):
         picture(found, tmp_path / "a.png")
         assert size(tmp_path / "a.png")[0] == 1600
-        for name in ("a.svg", "b.svg"):
-            picture(found, tmp_path / name)
-        assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-        assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
+    for name in ("a.svg", "b.svg"):
+        draw_frontier(found, tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert ElementTree.parse(tmp_path / "a.svg").getroot().tag.endswith("svg")
     assert before == {key: matplotlib.rcParams[key] for key in STYLE}
 
 
