@@ -1,5 +1,6 @@
 """What the README and the examples say is run."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from kvik.models.prepare import resolve
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,6 +37,13 @@ def commands():
     return [line for line in lines if line.startswith("kvik ")]
 
 
+def own_home(folder):
+    """A home folder with the models of the real one, where a command may keep what it tuned."""
+    (folder / "home").mkdir()
+    (folder / "home" / "models").symlink_to(resolve("smollm2").parent)
+    return folder / "home"
+
+
 @pytest.mark.weights
 @pytest.mark.parametrize("line", commands())
 def test_command_runs_as_written(line, tmp_path):
@@ -42,7 +52,7 @@ def test_command_runs_as_written(line, tmp_path):
     words = words[:-2] if stdin else words
     if "model.gguf" in words or "path/to/config.json" in words:
         pytest.skip("needs the reader's own file")
-    words = [str(tmp_path / word) if word.endswith((".png", ".html")) else word for word in words]
+    words = [str(tmp_path / word) if word.endswith((".png", ".html", ".jsonl")) else word for word in words]
     if words[0] in ("run", "chat") and "--max-tokens" not in words:
         words += ["--max-tokens", "8"]
     if words[:2] == ["bench", "cache"]:
@@ -51,7 +61,13 @@ def test_command_runs_as_written(line, tmp_path):
         words += ["--contexts", "8", "--tokens", "1", "--rounds", "1"]
     if words[0] == "doctor":
         words.append("--no-measure")
-    done = python("-m", "kvik.cli", *words, input=stdin)
+    if words[0] in ("eval", "tune"):
+        words += ["--documents", "1", "--prefix", "64", "--scored", "16"]
+        if "--needles" in words:  # minutes
+            del words[words.index("--needles") : words.index("--needle-plot") + 2]
+        (tmp_path / "my.txt").write_text(README)
+        words = [str(tmp_path / word) if word == "my.txt" else word for word in words]
+    done = python("-m", "kvik.cli", *words, input=stdin, env=os.environ | {"KVIK_HOME": str(own_home(tmp_path))})
     assert done.returncode == 0, done.stderr
     assert words[0] == "chat" or done.stdout.strip()
 
@@ -73,6 +89,7 @@ def test_every_file_that_documents_name_exists():
     for document in ("README.md", "DESIGN.md", "CONTRIBUTING.md", "docs/log.md"):
         text = (ROOT / document).read_text()
         for name in re.findall(
-            r"`((?:ops|cache|models|engine|plan|trace|bench|docs|examples|benchmarks|scripts|tests)/[\w./-]+)`", text
+            r"`((?:ops|cache|models|engine|plan|trace|bench|eval|docs|examples|benchmarks|scripts|tests)/[\w./-]+)`",
+            text,
         ):
             assert (ROOT / name).exists() or (ROOT / "src/kvik" / name).exists(), f"{document} names {name}"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,12 +20,12 @@ from kvik.cli.common import (
     progress,
     stdout,
 )  # fmt: skip
-from kvik.errors import StorageError, UsageError
+from kvik.cli.files import TextOption, check_pictures, draw, model_name, read_text
+from kvik.errors import UsageError
 
 if TYPE_CHECKING:
     from kvik.models.model import Model
 
-T = TypeVar("T")
 SHORTEST, MOST_SEQUENCES, MOST_TOKENS = 16, 1024, 10_000_000
 CONTEXTS = "32,1024,4096,8192"
 
@@ -37,7 +34,6 @@ group = typer.Typer(help=ABOUT, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(group, name="bench")
 
 RoundsOption = Annotated[int, typer.Option(help="How often each time is taken; medians count.")]
-TextOption = Annotated[Path | None, typer.Option(help="A file to take the text from; by default Python's topics.")]
 
 
 @group.callback()
@@ -68,7 +64,7 @@ def cache(
         raise UsageError(f"--tokens {tokens} shows no growth; use at least {SHORTEST}")
     _check(rounds, {"--plot": plot, "--plot-step": plot_step})
     check_spec(kv, allow_none=False)
-    source = _read(text)
+    source = read_text(text)
     loaded = load_model(model, weights, device)
     most = loaded.config.max_positions
     if tokens > most:
@@ -78,14 +74,14 @@ def cache(
     ids = _ids(loaded, source, tokens, text, "--tokens")[:tokens]
     from kvik.bench import curves, measure, render, slope
 
-    name = _name(model)
+    name = model_name(model)
     with progress() as show:
         growth = measure(loaded, ids, kv=kv, batch=sizes, rounds=rounds, name=name, show=show)
     if as_json:
         print(json.dumps(growth.to_dict(), indent=2))
     else:
         render(growth, stdout(), pictures=plot is not None or plot_step is not None)
-    _draw(growth, (plot, curves), (plot_step, slope))
+    draw(growth, (plot, curves), (plot_step, slope))
 
 
 @group.command()
@@ -113,7 +109,7 @@ def speed(
         raise UsageError(f"--tokens {tokens} measures no step; use at least 1")
     _check(rounds, {"--plot": plot})
     check_spec(kv, allow_none=False)
-    source = _read(text)
+    source = read_text(text)
     loaded = load_model(model, weights, device)
     asked, lengths = _fitted(loaded, asked, tokens, given=contexts is not None)
     ids = _ids(loaded, source, lengths[-1], text, "--contexts")
@@ -121,13 +117,13 @@ def speed(
 
     with progress() as show:
         found = measure_speed(
-            loaded, ids, lengths, kv=kv, tokens=tokens, rounds=rounds, asked=asked, name=_name(model), show=show
+            loaded, ids, lengths, kv=kv, tokens=tokens, rounds=rounds, asked=asked, name=model_name(model), show=show
         )
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
         render_speed(found, stdout(), picture=plot is not None)
-    _draw(found, (plot, draw_speed))
+    draw(found, (plot, draw_speed))
 
 
 def _numbers(option: str, text: str, most: int, example: str) -> list[int]:
@@ -159,40 +155,10 @@ def _fitted(model: Model, asked: list[int], tokens: int, *, given: bool) -> tupl
     return [fitted[length] for length in sorted(fitted)], sorted(fitted)
 
 
-def _name(model: str) -> str:
-    return Path(model).name if Path(model).exists() else model
-
-
 def _check(rounds: int, pictures: dict[str, Path | None]) -> None:
     if rounds < 1:
         raise UsageError(f"--rounds {rounds} measures nothing; use at least 1")
-    wanted = {option: path for option, path in pictures.items() if path is not None}
-    if len({path.absolute() for path in wanted.values()}) < len(wanted):
-        both, path = " and ".join(wanted), next(iter(wanted.values()))
-        raise UsageError(f"{both} both name {path}, so one would overwrite the other; name two files")
-    for option, path in wanted.items():
-        _check_picture(option, path)
-
-
-def _check_picture(option: str, path: Path) -> None:
-    if path.suffix.lower() not in (".png", ".svg"):
-        raise UsageError(f"{option} {path}: pictures are PNG or SVG, by the file's ending; name it {path.stem}.png")
-    if not path.parent.is_dir():
-        raise UsageError(f"{option} {path}: there is no folder {path.parent} to write to; make it, or name another")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"{option} {path}: can't be written to; name another file")
-
-
-def _read(path: Path | None) -> str:
-    """The text to measure with: of a file, or the topics that come with every Python."""
-    if path is None:
-        from pydoc_data.topics import topics
-
-        return "\n".join(topics[name] for name in sorted(topics))
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UsageError(f"--text {path}: can't be read ({error.strerror}); name a text file") from None
+    check_pictures(pictures)
 
 
 def _ids(model: Model, text: str, tokens: int, path: Path | None, option: str) -> list[int]:
@@ -205,15 +171,3 @@ def _ids(model: Model, text: str, tokens: int, path: Path | None, option: str) -
             f"{where} {len(ids):,} tokens, and {option} asks for {tokens:,}; give a longer text, or a smaller {option}"
         )
     return ids
-
-
-def _draw(found: T, *pictures: tuple[Path | None, Callable[[T, Path], None]]) -> None:
-    """Pictures last: the figures are printed, whatever becomes of the files."""
-    for path, picture in pictures:
-        if path is None:
-            continue
-        try:
-            picture(found, path)
-        except OSError as error:
-            raise StorageError(f"{path}: can't be written ({error.strerror}); name another file") from None
-        print(f"drawn: {path}", file=sys.stderr)

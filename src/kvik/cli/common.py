@@ -34,7 +34,7 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="smollm2, a safetensors folder, a .gguf file, or a hub id.")
 ]
 KvOption = Annotated[
-    str, typer.Option("--kv", help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …")
+    str, typer.Option("--kv", help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …, or tuned.")
 ]
 WeightsOption = Annotated[str, typer.Option("--weights", help="How weights are held: auto, f32, bf16, int8 or int4.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
@@ -66,7 +66,7 @@ def check_spec(kv: str, *, allow_none: bool) -> None:
     """Complains about a wrong spec before the model is loaded."""
     from kvik.cache.spec import parse_rules
 
-    if not (allow_none and kv == "none"):
+    if not (allow_none and kv == "none") and kv != "tuned":  # what was tuned is known once the model is
         parse_rules(kv)
 
 

@@ -45,7 +45,7 @@ def run(
         str,
         typer.Option(
             "--kv",
-            help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …; none = recompute everything.",
+            help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …, or tuned; none = recompute all.",
         ),
     ] = "bf16",
     weights: WeightsOption = "auto",

@@ -92,7 +92,11 @@ class Model:
         self.row_weights, self.head_weights = multiplied(self.decoder.blocks), multiplied(self.decoder.head)
 
     def spec(self, kv: str = "bf16") -> Spec:
-        """What a cache for this model keeps under a spec string."""
+        """What a cache for this model keeps under a spec string; `tuned` is the one that `kvik tune` chose."""
+        if kv == "tuned":
+            from kvik.models.tuned import recall
+
+            kv = recall(self.fingerprint, self.config.name, self.weights)
         return Spec.parse(kv, self.decoder.layers)
 
     def cache(self, kv: str = "bf16", *, memory: int | None = None, shares: bool = True) -> Cache:

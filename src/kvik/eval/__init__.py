@@ -1,0 +1,51 @@
+"""`kvik eval` and `kvik tune`: what a cache costs in quality and bytes, and which one to take.
+Names are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvik.eval.grids import draw_map as draw_map
+    from kvik.eval.grids import draw_needles as draw_needles
+    from kvik.eval.grids import mapped as mapped
+    from kvik.eval.ledger import Ledger as Ledger
+    from kvik.eval.picture import draw_frontier as draw_frontier
+    from kvik.eval.results import Evaluation as Evaluation
+    from kvik.eval.results import Measured as Measured
+    from kvik.eval.results import Setup as Setup
+    from kvik.eval.runs import evaluate as evaluate
+    from kvik.eval.tuning import Tuning as Tuning
+    from kvik.eval.tuning import tune as tune
+    from kvik.eval.tuning_view import render_tuning as render_tuning
+    from kvik.eval.view import render_evaluation as render_evaluation
+
+_HOMES = {
+    "Evaluation": "kvik.eval.results",
+    "Ledger": "kvik.eval.ledger",
+    "Measured": "kvik.eval.results",
+    "Setup": "kvik.eval.results",
+    "Tuning": "kvik.eval.tuning",
+    "draw_frontier": "kvik.eval.picture",
+    "draw_map": "kvik.eval.grids",
+    "draw_needles": "kvik.eval.grids",
+    "evaluate": "kvik.eval.runs",
+    "mapped": "kvik.eval.grids",
+    "render_evaluation": "kvik.eval.view",
+    "render_tuning": "kvik.eval.tuning_view",
+    "tune": "kvik.eval.tuning",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvik.eval' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

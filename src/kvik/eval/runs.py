@@ -1,0 +1,165 @@
+"""Takes the measurements: each document under each spec, beside its predictions over full rows.
+
+    prompt    open(prefix) ─ prefill ─ settle     the prefix goes in as an answer's prompt does, 512 tokens at once;
+                                                  what drops rows at the end of a prompt has done so now
+    stream    open() ─ chunks of 64, settled      nobody says where a prompt would end
+    then      8 tokens one by one, which are timed; the rest in chunks of 64; each is what really comes next, and what
+              is predicted after it is scored
+
+Only predictions that were made after the prefix had been settled are scored. Whatever spec comes, nothing here asks
+what it does: bytes and rows are the sequence's own account.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kvik.bench.rates import Clock, clock_of
+from kvik.bench.runs import environment
+from kvik.cache.spec import Spec
+from kvik.engine.generation import prefill
+from kvik.eval.caches import CHUNK, Peak, distinct, forced, kept_rows, kept_share, opened
+from kvik.eval.ledger import Ledger
+from kvik.eval.measures import Compared, Reference, joined
+from kvik.eval.needles import ask_all
+from kvik.eval.results import FULL, Costs, Document, Evaluation, Kept, Measured, Protocol, Setup
+from kvik.models.model import Model
+
+TIMED = 8  # tokens that go in one by one
+Show = Callable[[str, int, int], None]
+Take = Callable[[int, Tensor], None]
+
+
+def evaluate(
+    model: Model,
+    ids: Sequence[int],
+    specs: Sequence[str],
+    *,
+    prefix: int = 1536,
+    scored: int = 256,
+    documents: int = 8,
+    protocol: Protocol = "prompt",
+    needles: bool = False,
+    ledger: Ledger | None = None,
+    name: str = "",
+    text: str = "the text",
+    show: Show = lambda what, done, total: None,
+    clock: Clock | None = None,
+) -> Evaluation:
+    """Measures specs against the full cache in f32, document by document.
+
+    Args:
+        model: loaded.
+        ids: the text's tokens.
+        specs: spec strings; the full cache is always measured too, and first.
+        prefix, scored, documents, protocol: see `Setup`.
+        needles: whether keys are hidden in long texts and asked for as well; needs a tokenizer.
+        ledger: what is in it is not measured again.
+        name: what to call the model; by default its own name.
+        text: what to call the text.
+        show: called with (what is measured next, work done, work in all), never while something is timed.
+        clock: seconds; by default the system's, once the device has done all.
+
+    Raises:
+        SpecError: a spec can't be read, or doesn't fit the model.
+        UsageError: the text is too short, or a size is none.
+        ContextError, BudgetError: a document is too long for the model or the machine.
+        StorageError: the ledger's file can't be written.
+    """
+    setup = Setup(
+        name or model.config.name, model.fingerprint, model.weights, text, prefix, scored, documents, protocol
+    )
+    model.check_context(prefix + scored)
+    plans, cut = distinct(model, specs), setup.cut(ids)
+    ledger = Ledger() if ledger is None else ledger
+    runs = _Runs(model, setup, plans, ledger, show, clock or clock_of(model.device))
+    columns = [runs.document(number, tokens) for number, tokens in enumerate(cut)]
+    measured = tuple(
+        Measured(str(spec), tuple(column[place] for column in columns)) for place, spec in enumerate(plans)
+    )
+    found = ask_all(model, plans, ledger, show) if needles else None
+    return Evaluation(setup, environment(model.device), measured, found)
+
+
+class _Runs:
+    """The model, what is measured, and how far it is."""
+
+    def __init__(
+        self, model: Model, setup: Setup, specs: Sequence[Spec], ledger: Ledger, show: Show, clock: Clock
+    ) -> None:
+        self.model, self.setup, self.specs, self.ledger = model, setup, specs, ledger
+        self._show, self._clock = show, clock
+
+    def document(self, number: int, tokens: Sequence[int]) -> list[Document]:
+        """One document under every spec. The full cache's logits are held while this runs, and no longer."""
+        keys = [self.setup.key(str(spec), spec.fingerprint, number, tokens) for spec in self.specs]
+        if any(self.ledger.get(key) is None for key in keys):
+            self._say(number, 0)
+            reference, full = self._full(number, tokens)
+            for place, key in enumerate(keys):
+                if self.ledger.get(key) is not None:
+                    continue
+                self._say(number, place)
+                spec = str(self.specs[place])
+                found = self._other(number, tokens, spec, reference) if place else full
+                self.ledger.put(key, f"{spec}, document {number + 1}", found.to_dict())
+        return [Document.from_dict(self.ledger.get(key) or {}) for key in keys]
+
+    def _full(self, number: int, tokens: Sequence[int]) -> tuple[Reference, Document]:
+        """Over full rows. What is held against itself differs by nothing."""
+        parts: list[Tensor] = []
+        costs, kept = self._follow(number, tokens, FULL, lambda _, logits: parts.append(logits))
+        targets = torch.tensor(tokens[self.setup.prefix + 1 :], device=self.model.device)
+        reference = Reference(torch.cat(parts), targets)
+        starts = [sum(map(len, parts[:place])) for place in range(len(parts))]
+        compared = [reference.compare(start, part) for start, part in zip(starts, parts, strict=True)]
+        return reference, _document(compared, costs, kept)
+
+    def _other(self, number: int, tokens: Sequence[int], kv: str, reference: Reference) -> Document:
+        compared: list[Compared] = []
+
+        def take(start: int, logits: Tensor) -> None:
+            compared.append(reference.compare(start, logits))
+
+        costs, kept = self._follow(number, tokens, kv, take)
+        return _document(compared, costs, kept)
+
+    def _follow(self, number: int, tokens: Sequence[int], kv: str, take: Take) -> tuple[Costs, Kept | None]:
+        """Feeds a document; `take` gets (place among the scored, logits) of every chunk after the prefix."""
+        prefix, rest = tokens[: self.setup.prefix], tokens[self.setup.prefix : -1]
+        cache, clock, peak = opened(self.model, kv, len(tokens)), self._clock, Peak()
+        known = prefix if self.setup.protocol == "prompt" else ()
+        started = clock()
+        with cache.open(known) as sequence:
+            size = len(prefix) if known else CHUNK
+            for start in range(0, len(prefix), size):
+                prefill(self.model, [sequence], prefix[start : start + size], watch=peak.watch)
+            first = clock() - started
+            held, share = sequence.nbytes, kept_share(sequence)
+            kept = Kept.of(kept_rows(sequence)) if number == 0 else None
+            seconds, at = [], 0
+            for token in rest[:TIMED]:
+                began = clock()
+                (logits,) = forced(self.model, sequence, [token])
+                seconds.append(clock() - began)
+                take(at, logits)
+                at += 1
+            for logits in forced(self.model, sequence, rest[TIMED:]):
+                take(at, logits)
+                at += len(logits)
+        most, step = max(peak.allocated, held.allocated), statistics.median(seconds)
+        return Costs(len(prefix), held.payload, held.overhead, most, share, first, step), kept
+
+    def _say(self, number: int, place: int) -> None:
+        what = f"document {number + 1} of {self.setup.documents}: {self.specs[place]}"
+        self._show(what, number * len(self.specs) + place, self.setup.documents * len(self.specs))
+
+
+def _document(parts: Sequence[Compared], costs: Costs, kept: Kept | None) -> Document:
+    whole = joined(parts)
+    nll, delta = float(whole.nll.mean()), float((whole.nll - whole.full).mean())
+    return Document(nll, delta, tuple(whole.kl.tolist()), int(whole.same.sum()), costs, kept)
