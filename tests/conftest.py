@@ -13,7 +13,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 settings.register_profile("kvik", derandomize=True, deadline=None)
 settings.load_profile("kvik")
 
-BACKENDS = ["reference", *(["native"] if loader.built() else [])]
+KERNELS = loader.built()
+BACKENDS = ["reference", *(["native"] if KERNELS else [])]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -27,3 +28,12 @@ def ops(request, monkeypatch):
 def plain(monkeypatch):
     """The reference, where a test breaks something inside it."""
     monkeypatch.setenv("KVIK_OPS", "reference")
+
+
+@pytest.fixture(params=KERNELS.available() if KERNELS else [])
+def isa(request):
+    """Each instruction set that this machine has, in turn."""
+    before = KERNELS.isa()
+    assert KERNELS.use(request.param)
+    yield request.param
+    KERNELS.use(before)

@@ -28,15 +28,6 @@ pytestmark = pytest.mark.skipif(module is None, reason="kvik was built without i
 formats = pytest.mark.parametrize("fmt", ["int8", "int4"])
 
 
-@pytest.fixture(params=module.available() if module else [])
-def isa(request):
-    """Each instruction set in turn."""
-    before = module.isa()
-    assert module.use(request.param)
-    yield request.param
-    module.use(before)
-
-
 @pytest.fixture
 def threads():
     """A function that sets how many threads work."""
