@@ -10,7 +10,7 @@
 namespace kvik {
 namespace {
 
-constexpr int64_t LIGHT = 4096;       // values of a row function that are not worth waking anybody for
+constexpr int64_t LIGHT = 16384;      // values of a row function that are not worth waking anybody for
 constexpr int64_t BLOCKS_AT_ONCE = 16; // of rows: their codes stay in the second-level cache while tiles pass by
 constexpr int64_t TILES_AT_ONCE = 64;  // for one block of rows; so few that threads end together
 
