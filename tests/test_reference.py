@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from helpers import Toy, make_cache, sees, shapes, text
 from kvik.ops import reference
+from kvik.ops.padding import TILE, row_multiple
 from kvik.ops.reads import Partial, merge
-from kvik.ops.reference import TILE, row_multiple
 
 DEFAULT = {"softcap": None, "bias": None}
 

@@ -17,7 +17,7 @@ from kvik.cache.limits import memory_available, memory_total
 from kvik.cache.observed import may_know
 from kvik.cache.prefix import Block, PrefixIndex, root_key
 from kvik.cache.sequence import Sequence
-from kvik.cache.spec import TABLE_BYTES, Bytes, Group, Spec
+from kvik.cache.spec import Bytes, Group, Spec
 from kvik.cache.step import Step, parts_of
 from kvik.cache.table import Table
 from kvik.errors import BudgetError, SequenceError, UsageError
@@ -205,7 +205,8 @@ class Cache:
                 plan.append((table, fresh, shared, start % size))
                 count = len(table.group.lanes) * (len(fresh) + shared)
                 wanted[table.group.page_bytes] = wanted.get(table.group.page_bytes, 0) + count
-                tables += (len(table.group.lanes) + 1) * len(fresh) * TABLE_BYTES
+                columns = len(table.logical)
+                tables += table.group.table_bytes(columns + len(fresh)) - table.group.table_bytes(columns)
         self.make_room(wanted, tables)
         before = [[len(table.logical) for table in sequence.tables] for sequence in step.sequences]
         for table, fresh, shared, used in plan:

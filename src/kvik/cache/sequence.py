@@ -22,6 +22,7 @@ from kvik import events
 from kvik.cache.compaction import compress
 from kvik.cache.observed import Observed
 from kvik.cache.prefix import Block, block_key
+from kvik.cache.quest import learn
 from kvik.cache.reading import read
 from kvik.cache.spec import Bytes
 from kvik.cache.table import Table
@@ -120,6 +121,7 @@ class Sequence:
         for table in self.tables:
             self.cache.release(table, table.logical * size < length)
             table.stale = True
+            table.forget(length)
         del self.tokens[length:]
         del self._keys[length // size :]
         self._settled = min(self._settled, length)
@@ -143,6 +145,9 @@ class Sequence:
         self._publish()
         self._drop()
         self._compress()
+        for table in self.tables:
+            if table.group.chooses:
+                learn(self.cache, table, len(self.tokens))
 
     def close(self) -> None:
         """Gives every page back; the one place where that happens. Idempotent."""
@@ -171,12 +176,16 @@ class Sequence:
         size = self.cache.spec.page_size
         if not self._publishes:
             return
-        for page in range(len(self._keys), len(self.tokens) // size):
+        chooses = len(self.tokens) > self.prompt and any(table.group.chooses for table in self.tables)
+        end = min(len(self.tokens), self.prompt) if chooses else len(self.tokens)
+        for page in range(len(self._keys), end // size):
             run = tuple(self.tokens[page * size : (page + 1) * size])
             parent = self._keys[-1] if self._keys else self._root
             key = block_key(parent, run)
             self._keys.append(key)
             self.cache.publish(self, Block(key, parent, page * size, run, []), page)
+        if chooses:  # what comes after the prompt depends on where it ended
+            self._publishes = False
 
     def _drop(self) -> None:
         dropped = 0
@@ -199,7 +208,8 @@ class Sequence:
             at
             for table, observed in zip(self.tables, self._observed, strict=True)
             if observed is not None
-            and (at := observed.policy.next_trigger(self._settled, self.prompt or None)) is not None
+            and (at := observed.policy.next_trigger(self._settled, self.prompt or None, table.group.page_size))
+            is not None
         ]
         return min(found, default=None)
 

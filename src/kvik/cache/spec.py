@@ -23,7 +23,7 @@ from kvik.cache.methods import Needs
 from kvik.cache.policy import Policy
 from kvik.cache.retention import Retention
 from kvik.errors import SpecError
-from kvik.ops.layout import CODECS, Codec, RowLayout, Stream, nearest_codec
+from kvik.ops.layout import CODECS, Codec, RowLayout, Stream, extremes_bytes, nearest_codec
 
 PAGE_SIZE = 32
 TABLE_BYTES = 4  # a page table's entry
@@ -94,6 +94,21 @@ class Group:
         """Bytes of one page of one lane."""
         return self.page_size * self.layout.row_bytes
 
+    @property
+    def chooses(self) -> bool:
+        """Whether queries choose which pages they read."""
+        return self.retention.policy is not None and self.retention.policy.pages is not None
+
+    @property
+    def key_width(self) -> int:
+        """Channels of a key."""
+        return next(stream.width for stream in self.layout.streams if stream.name == "k")
+
+    def table_bytes(self, columns: int) -> int:
+        """Bytes of one sequence's page table, and of the extremes of keys where queries choose pages by them."""
+        extremes = len(self.lanes) * extremes_bytes(columns, self.key_width) if self.chooses else 0
+        return (len(self.lanes) + 1) * columns * TABLE_BYTES + extremes
+
     def kept_pages(self, tokens: int) -> int:
         """Pages of rows that a policy kept, a lane on average, of a text of `tokens` tokens; 0 while none has left."""
         rows, still = min(self.retention.rows(tokens), tokens), tokens % self.page_size
@@ -109,8 +124,8 @@ class Group:
         """Bytes of one sequence of `tokens` tokens, once settled: pages, and the table that finds them."""
         payload = len(self.lanes) * self.retention.rows(tokens) * self.layout.payload_bits // 8
         columns, kept = self.pages(tokens) // len(self.lanes), self.kept_pages(tokens)
-        table = (len(self.lanes) + 1) * columns + len(self.lanes) * kept * self.page_size  # positions of kept rows
-        held = columns * len(self.lanes) * self.page_bytes + table * TABLE_BYTES
+        table = self.table_bytes(columns) + len(self.lanes) * kept * self.page_size * TABLE_BYTES  # their positions
+        held = columns * len(self.lanes) * self.page_bytes + table
         return Bytes(payload, held - payload)
 
     def __str__(self) -> str:
@@ -203,6 +218,10 @@ class Rule:
 
     def retained(self, shape: LayerShape) -> Retention:
         """The rule's retention, unless the model's own window is the narrower one: it never saw sinks beyond that."""
+        policy = self.retention.policy
+        if policy is not None and policy.pages is not None and "k" not in dict(shape.streams):
+            have = " and ".join(n for n, _ in shape.streams)
+            raise SpecError(f"{policy}: this model keeps {have}, no keys to choose pages by; use another method")
         own, asked = shape.window, self.retention.window
         return self.retention if own is None or (asked is not None and asked < own) else Retention(own)
 
@@ -308,7 +327,7 @@ def _retention(part: str, text: str) -> Retention:
 
 def _policy(part: str, text: str) -> Policy:
     policy = Policy.parse(part, text)
-    if policy.needs & (Needs.PASS | Needs.PAGES):
+    if Needs.PASS in policy.needs:
         raise SpecError(
             f"spec {text!r}: no cache runs {policy.method!r} yet, so nothing would leave; use a method that drops rows "
             "by what it has seen, such as 'snapkv:25%' or 'keydiff:1024rows'"

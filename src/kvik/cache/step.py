@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from kvik.cache.quest import select_of
 from kvik.cache.sequence import Sequence
 from kvik.cache.spec import Group, Spec
 from kvik.errors import SequenceError
@@ -255,8 +256,11 @@ class Step:
         members = []
         for sequence, start, chunk in zip(self.sequences, self.starts, self.chunks, strict=True):
             table = sequence.tables[index]
-            members.append(Member(table.pages, table.logical, start, len(chunk), table.kept))
-        return Reads(group.layout, group.page_size, group.retention.window, group.retention.sinks, tuple(members))
+            extremes = table.extremes if start >= sequence.prompt else None  # a prompt's queries read everything
+            members.append(Member(table.pages, table.logical, start, len(chunk), table.kept, extremes))
+        retention = group.retention
+        members_ = tuple(members)
+        return Reads(group.layout, group.page_size, retention.window, retention.sinks, members_, select_of(group))
 
 
 def _joined(results: list[tuple[list[int] | None, Partial]], heads: int) -> Partial:

@@ -28,6 +28,7 @@ from typing import Literal
 
 SCALE_BYTES = 2
 GRANULE = 4  # bytes that stay together in a page
+TOGETHER = 16  # pages whose extremes lie side by side
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,11 @@ class RowLayout:
     def payload_bits(self) -> int:
         """Bits of one row by the formula: codes alone."""
         return sum(s.codec.bits * s.width for s in self.streams)
+
+
+def extremes_bytes(pages: int, width: int) -> int:
+    """Bytes of the extremes of one lane's keys in so many pages (`ops/quest.py`): two bf16 a channel and page."""
+    return -(-pages // TOGETHER) * TOGETHER * 2 * 2 * width
 
 
 def nearest_codec(name: str, known: Sequence[str] = tuple(CODECS)) -> str:

@@ -23,21 +23,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvik.errors import KvikError
 from kvik.ops import pages as paged
+from kvik.ops import quest
 from kvik.ops.codecs import hadamard
 from kvik.ops.fused import Fused
 from kvik.ops.layout import RowLayout
+from kvik.ops.padding import TILE, row_multiple
 from kvik.ops.reads import Member, Partial, Reads, merge
 
-TILE = 128  # slots; a multiple of every page size
 QUERY_BLOCK = 64  # tokens of one sequence that are attended at once: bounds the scores' memory, not the result
 UNSEEN = -1e30  # finite, so that a tile in which nothing is seen gives weights of exactly 0 and never a NaN
 _NOWHERE = 1 << 60  # the position of a slot that holds nothing: after every query
@@ -116,6 +115,14 @@ class Plan:
         want_mass: bool = False,
     ) -> Partial:
         """See `ops.reads.Plan.attend`."""
+        if self.reads.chooses(lanes):
+            reads, origins = quest.narrowed(self.reads, lanes, q)
+            found = Plan(self.pages, reads).attend(
+                slice(0, lanes.stop - lanes.start), q,
+                scale=scale, softcap=softcap, bias=bias, want_lse=want_lse, want_mass=want_mass,
+            )  # fmt: skip
+            whole = None if found.mass is None else quest.gathered(found.mass, origins, self.reads)
+            return Partial(found.out, found.lse, whole)
         key, _ = self.reads.layout.streams
         q = (hadamard(q) if key.codec.rotated else q) * scale
         ask = _Ask(self.pages, self.reads, lanes, q, softcap, bias)
@@ -364,29 +371,3 @@ def _bias(bias: Tensor, read: Block, lanes: slice) -> Tensor:
     lane = torch.unflatten(bias, 0, (lanes.stop - lanes.start, -1))
     table = torch.stack([of[:, back[i % len(back)]] for i, of in enumerate(lane)])  # [L, G, I, n, S]
     return table.permute(0, 2, 3, 1, 4)
-
-
-@lru_cache(maxsize=64)
-def row_multiple(width: int, device: torch.device) -> int:
-    """To how many query rows to pad, so that batched products give a row the same bits beside any number of others.
-
-    Args:
-        width: of a head.
-
-    Raises:
-        KvikError: no padding up to 64 rows does on this device.
-    """
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn((6, TILE, width), generator=generator).to(device) for _ in range(3))
-    scores = torch.bmm(q, k.transpose(1, 2))
-    mixed = torch.bmm(scores, v)
-
-    def same(batch: int, rows: int) -> bool:
-        s = torch.bmm(q[:batch, :rows].contiguous(), k[:batch].transpose(1, 2))
-        o = torch.bmm(scores[:batch, :rows].contiguous(), v[:batch])
-        return torch.equal(s, scores[:batch, :rows]) and torch.equal(o, mixed[:batch, :rows])
-
-    for multiple in (4, 8, 16, 32, 64):
-        if all(same(batch, multiple * times) for batch in (1, 2, 3, 6) for times in range(1, TILE // multiple, 3)):
-            return multiple
-    raise KvikError(f"batched products on {device} round differently with the number of rows; use another device")
