@@ -70,7 +70,7 @@ def apart(kept, tokens):
 
 
 def dense(q, k, v, distance, frequencies, scale):
-    """Attention by distance alone, in f64: q [T, H, D], k [T, L, D], not turned → out [T, H, E], lse [T, H], weights."""
+    """Attention by distance alone, in f64: q [T, H, D], k [T, L, D], not turned → out [T, H, E], lse, weights."""
     shared = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
     pairs = [torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) for x in (q, k)]
@@ -384,7 +384,7 @@ def test_learned_positions_are_refused():
     for parse in (model.spec, lambda kv: run_plan("gpt2", kv=kv), lambda kv: run_plan("t5-small", kv=kv)):
         with pytest.raises(SpecError, match=r"positions don't turn this model's keys .* use 'window:64,sinks:4'"):
             parse("int8; layers 1: int8+window:64,sinks:4,relative")
-    with pytest.raises(ContextError, match="longer context$"):
+    with pytest.raises(ContextError, match=r"longer context$"):
         model.check_context(161)
 
 
