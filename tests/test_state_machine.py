@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from helpers import TOY, Toy, cache_of, make_cache, over_retentions, sees, shapes, state, text
+from kvik.cache import pressure
 from kvik.cache.arena import SLAB
 from kvik.cache.cache import Cache
 from kvik.cache.sequence import Sequence
@@ -180,7 +181,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def evict(self):
         before = self.cache.books
-        if self.cache._evict():
+        if pressure.evict(self.cache):
             assert self.cache.books.in_use == before.in_use
             assert self.cache.books.kept <= before.kept
         else:
@@ -245,7 +246,7 @@ def test_the_machine_sees(monkeypatch, sabotage):
     elif sabotage == "undo":
         monkeypatch.setattr(Step, "_undo", lambda self: None)
     elif sabotage == "drop":
-        monkeypatch.setattr(Cache, "_drop", lambda self, block, groups: self.index.remove(block) or True)
+        monkeypatch.setattr(pressure, "drop", lambda cache, block, groups: cache.index.remove(block) or True)
     else:
         monkeypatch.setattr(Sequence, "_floor", property(lambda self: 0, lambda self, value: None), raising=False)
     with sees(pytest.fail.Exception, ExceptionGroup, SequenceError):

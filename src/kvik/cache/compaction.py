@@ -94,10 +94,11 @@ def _seen(
     group = table.group
     view, where = cache.pages(group), torch.from_numpy(slots).to(cache.device)
     rows = paged.rows(view, group.layout, group.page_size, where.reshape(-1))
-    keys, values = (
-        torch.unflatten(unrotated(group.layout, stream.name, rows[stream.name]), 0, where.shape).cpu()
-        for stream in group.layout.streams
-    )
+    streams = {
+        name: torch.unflatten(unrotated(group.layout, name, x), 0, where.shape).cpu() for name, x in rows.items()
+    }
+    keys = torch.cat([streams[stream.name] for stream in group.layout.keys], dim=-1)
+    values = streams[group.layout.value.name]
     queries = observed.queries(layer)
     mass = None if observed.mass is None else observed.mass[lanes].gather(1, _places(table, positions))
     return Seen(

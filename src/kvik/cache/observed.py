@@ -31,7 +31,8 @@ class Observed:
         self.policy = policy
         self.mass = torch.zeros((len(group.lanes), 0)) if Needs.MASS in policy.needs else None
         self.scale: float | None = None
-        self._queries: dict[int, list[tuple[int, Tensor]]] = {}  # layer -> (position of the first, [t, L, G, D])
+        # (layer of the rows, layer that reads them) -> (position of the first, [t, L, G, D])
+        self._queries: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         self._pending: list[tuple[slice, Tensor]] = []
 
     def wants(self, stop: int, trigger: int | None) -> bool:
@@ -39,21 +40,28 @@ class Observed:
         near = trigger is not None and stop > trigger - self.policy.last
         return self.mass is not None or (self.policy.last > 0 and near)
 
-    def see(self, layer: int, lanes: slice, start: int, q: Tensor, scale: float, mass: Tensor | None) -> None:
-        """Takes a sequence's queries f32 [t, H, D] from position `start` on, and what its rows received, [L, slots]."""
+    def see(
+        self, owner: int, layer: int, lanes: slice, start: int, q: Tensor, scale: float, mass: Tensor | None
+    ) -> None:
+        """Takes a sequence's queries f32 [t, H, D] from position `start` on, and what its rows received, [L, slots].
+
+        Args:
+            owner: layer whose rows they are.
+            layer: layer that reads them: its own, or another's.
+        """
         self.scale = scale
         if self.policy.last:
             last = q[-self.policy.last :]
             grouped = torch.unflatten(last, 1, (lanes.stop - lanes.start, -1)).clone()
-            self._queries.setdefault(layer, []).append((start + len(q) - len(last), grouped))
+            self._queries.setdefault((owner, layer), []).append((start + len(q) - len(last), grouped))
         if self.mass is not None and mass is not None:
             self._pending.append((lanes, mass))
 
     def forget(self, start: int) -> None:
         """What was seen of tokens from position `start` on leaves no trace."""
         self._pending.clear()
-        for layer, seen in self._queries.items():
-            self._queries[layer] = [(at, q[: start - at]) for at, q in seen if at < start]
+        for key, seen in self._queries.items():
+            self._queries[key] = [(at, q[: start - at]) for at, q in seen if at < start]
 
     def settle(self) -> None:
         """What is pending counts."""
@@ -63,16 +71,17 @@ class Observed:
             self.mass = torch.nn.functional.pad(self.mass, (0, missing)) if missing > 0 else self.mass
             self.mass[lanes, : mass.shape[1]] += mass
         self._pending.clear()
-        for layer, seen in self._queries.items():
-            self._queries[layer] = _last(seen, self.policy.last)
+        for key, seen in self._queries.items():
+            self._queries[key] = _last(seen, self.policy.last)
 
     def queries(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """The last queries of a layer, f32 [w, L, G, D], and their positions, int64 [w]."""
-        seen = self._queries.get(layer, [])
-        if not seen:
+        """The last queries over a layer's rows, f32 [w, L, G, D], and their positions, int64 [w]. Where several layers
+        read them, G counts the query heads of all."""
+        readers = [seen for (owner, _), seen in self._queries.items() if owner == layer and seen]
+        if not readers:
             return None
-        asking = [torch.arange(at, at + len(q)) for at, q in seen]
-        return torch.cat([q for _, q in seen]), torch.cat(asking)
+        asking = [torch.arange(at, at + len(q)) for at, q in readers[0]]
+        return torch.cat([torch.cat([q for _, q in seen]) for seen in readers], dim=2), torch.cat(asking)
 
     def done(self) -> None:
         """The policy has chosen: the queries have done their work."""
@@ -83,7 +92,7 @@ class Observed:
         twin = Observed(self.policy, group)
         twin.mass = None if self.mass is None else self.mass.clone()
         twin.scale = self.scale
-        twin._queries = {layer: list(seen) for layer, seen in self._queries.items()}
+        twin._queries = {key: list(seen) for key, seen in self._queries.items()}
         return twin
 
 

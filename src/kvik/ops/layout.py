@@ -130,6 +130,17 @@ class RowLayout:
         return cls(tuple(Stream.of(*stream) for stream in streams))
 
     @cached_property
+    def keys(self) -> tuple[Stream, ...]:
+        """What a query's products go over, side by side: all streams but `v`."""
+        return tuple(stream for stream in self.streams if stream.name != "v")
+
+    @cached_property
+    def value(self) -> Stream:
+        """What is mixed: `v`; where there is none the first, which is read both ways (latent attention,
+        arXiv:2405.04434)."""
+        return next((stream for stream in self.streams if stream.name == "v"), self.streams[0])
+
+    @cached_property
     def offsets(self) -> dict[str, tuple[int, int]]:
         """For each stream, the byte of a row at which its codes start and the byte at which its scales start."""
         codes, position = [], 0

@@ -41,7 +41,8 @@ class Plan:
             assert table.flags.c_contiguous and logical.flags.c_contiguous, "tables lie without gaps"
             end = member.start + member.count
             assert end <= MOST_POSITIONS, "positions fit 31 bits"
-            assert (int(logical[-1]) + 1) * reads.page_size >= end, "there are columns for all new tokens"
+            there = len(logical) and (int(logical[-1]) + 1) * reads.page_size >= end
+            assert there or member.kept is not None, "there are columns for all new tokens, or others to read"
             members += [table.ctypes.data, logical.ctypes.data, table.shape[1], member.start, member.count]
             members += [*_kept(member.kept), self._extremes(member)]
         self._tokens = reads.tokens

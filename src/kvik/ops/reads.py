@@ -123,7 +123,7 @@ class Reads:
     """A step's sequences, in one group.
 
     Attributes:
-        layout: of a row; streams `k` and `v` where there is attention.
+        layout: of a row: its key streams, and the one that is mixed.
         page_size: N.
         window: positions that a query sees, its own included; None = all; 0 = the sinks alone.
         sinks: first positions that stay visible though a window has passed them.
@@ -227,7 +227,7 @@ class Plan(Protocol):
 
         Args:
             lanes: which of the group's lanes q's heads read.
-            q: f32 [T, H, D]; head h reads lane h // G.
+            q: f32 [T, H, D]; head h reads lane h // G. D is the width of all key streams together, in their order.
             scale: of the scores.
             softcap: scores become softcap · tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
             bias: f32 [H, R], added to the score of a row that lies r positions back; the last column serves all

@@ -94,14 +94,16 @@ class Plan:
     def __init__(self, pages: Tensor, reads: Reads) -> None:
         self.pages = pages
         self.reads = reads
-        self.slots = torch.from_numpy(reads.slots()).to(pages.device)
+        self._slots: Tensor | None = None
         self.blocks = _blocks(reads, pages.device)
         self.kept = _kept_blocks(reads, pages.device)
 
     def append(self, lanes: slice, rows: Mapping[str, Tensor]) -> None:
         """See `ops.reads.Plan.append`."""
+        if self._slots is None:
+            self._slots = torch.from_numpy(self.reads.slots()).to(self.pages.device)
         flat = {name: x.flatten(0, 1) for name, x in rows.items()}
-        paged.write(self.pages, self.reads.layout, self.reads.page_size, self.slots[lanes].t().reshape(-1), flat)
+        paged.write(self.pages, self.reads.layout, self.reads.page_size, self._slots[lanes].t().reshape(-1), flat)
 
     def attend(
         self,
@@ -123,8 +125,7 @@ class Plan:
             )  # fmt: skip
             whole = None if found.mass is None else quest.gathered(found.mass, origins, self.reads)
             return Partial(found.out, found.lse, whole)
-        key, _ = self.reads.layout.streams
-        q = (hadamard(q) if key.codec.rotated else q) * scale
+        q = _rotated(q, self.reads.layout) * scale
         ask = _Ask(self.pages, self.reads, lanes, q, softcap, bias)
         found = self._over(self.blocks, ask, want_lse or want_mass or bool(self.kept))
         if self.kept:
@@ -141,7 +142,7 @@ class Plan:
 
     def _over(self, blocks: list[Block], ask: _Ask, want_lse: bool) -> Partial:
         """Attention over the rows of some blocks; of tokens that ask none of them, nothing."""
-        value, (tokens, heads, _) = self.reads.layout.streams[1], ask.q.shape
+        value, (tokens, heads, _) = self.reads.layout.value, ask.q.shape
         out = ask.q.new_zeros((tokens, heads, value.width))
         lse = ask.q.new_full((tokens, heads), UNSEEN) if want_lse else None
         for block in blocks:
@@ -201,7 +202,7 @@ def _blocks(reads: Reads, device: torch.device) -> list[Block]:
     first = 0
     for number, member in enumerate(reads.members):
         start, end = member.start, member.start + member.count
-        for begin in range(start, end, QUERY_BLOCK):
+        for begin in range(start, end if len(member.logical) else start, QUERY_BLOCK):
             stop = min(begin + QUERY_BLOCK, end)
             last = (stop - 1) // TILE
             held = int(member.logical[0]) * reads.page_size // TILE  # nothing is before it
@@ -299,10 +300,9 @@ def _scores(ask: _Ask, read: Block) -> tuple[Tensor, Tensor]:
     shared, multiple = q.shape[1] // count, row_multiple(q.shape[2], q.device)
     batch, used = count * items, n * shared
     stored = ask.pages.index_select(0, read.pages[ask.lanes].reshape(-1))
-    k, v = (
-        x.reshape(batch * tiles, TILE, -1)
-        for x in paged.decoded(stored, ask.reads.layout, ask.reads.page_size).values()
-    )
+    layout, rows_of = ask.reads.layout, paged.decoded(stored, ask.reads.layout, ask.reads.page_size)
+    k = torch.cat([rows_of[stream.name] for stream in layout.keys], dim=-1).reshape(batch * tiles, TILE, -1)
+    v = rows_of[layout.value.name].reshape(batch * tiles, TILE, -1)
     rows = q.view(items, n, count, shared, -1).permute(2, 0, 1, 3, 4).reshape(batch, used, -1)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, -used % multiple))
     if tiles > 1:
@@ -348,6 +348,13 @@ def _mass(ask: _Ask, read: Block, lse: Tensor) -> Tensor:
     whole = lse if read.tokens is None else lse[read.tokens]
     whole = whole.view(items, n, count, shared).permute(2, 0, 1, 3).reshape(count, items, 1, n * shared, 1)
     return (scores - whole).exp_().sum(dim=3).reshape(count, items, -1)
+
+
+def _rotated(q: Tensor, layout: RowLayout) -> Tensor:
+    """Queries as the stored keys lie: rotated, stream by stream, where their codec rotates."""
+    parts = torch.split(q, [stream.width for stream in layout.keys], dim=-1)
+    turned = [hadamard(x) if s.codec.rotated else x for x, s in zip(parts, layout.keys, strict=True)]
+    return turned[0] if len(turned) == 1 else torch.cat(turned, dim=-1)
 
 
 def _in_order(parts: Tensor) -> Tensor:
