@@ -12,7 +12,7 @@ from kvik.cache import compaction
 from kvik.cache.policy import apply
 from kvik.engine.generation import prefill
 from kvik.errors import BudgetError, SequenceError
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.models.watch import Watch
 
@@ -300,7 +300,7 @@ def test_the_wrong_rows_are_seen(monkeypatch, plain):
 def test_a_model_shows_its_queries_though_layers_are_single_calls(policy):
     """What a policy keeps does not depend on how much of a layer is one call."""
     theirs = LlamaForCausalLM(LlamaConfig(**SIZES))
-    config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
+    config = families.from_hf(theirs.config.to_dict(), None, "tiny")
     model, found = Model(config, theirs.state_dict(), weights="int4"), []
     for watch in (None, Watch):
         sequence = model.cache(f"int8+{policy}; page 16", shares=False).open(text(90))

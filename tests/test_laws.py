@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from helpers import TOY, VOCAB, Toy, cache_of, over_codecs, over_pages, over_retentions, pages_held, sees, text
 from kvik.cache.arena import Arena
 from kvik.cache.retention import Retention
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.ops import codecs, reference
 from kvik.ops import pages as paged
@@ -316,7 +316,7 @@ def tiny(family, weights):
         sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "max_position_embeddings": 640}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes, **heads))
-    config = Config.from_hf(model.config.to_dict(), None, "tiny")
+    config = families.from_hf(model.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
     return Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights=weights)
 

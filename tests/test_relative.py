@@ -16,7 +16,7 @@ from kvik.cache.retention import Retention
 from kvik.cache.spec import LayerShape, Spec
 from kvik.engine.generation import Generation, Request
 from kvik.errors import ContextError, SpecError
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.models.parts import Rotation
 from kvik.models.rope import Rope
@@ -177,7 +177,7 @@ def tiny(family="llama", **options):
         theirs = LlamaForCausalLM(LlamaConfig(**SIZES | options))
     for weight in theirs.parameters():
         weight.data *= 3 if weight.dim() > 1 else 1  # attention is far from even
-    config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
+    config = families.from_hf(theirs.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
     return theirs, Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights="f32")
 

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kvik.cache.spec import LayerShape, Spec
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.ops import reads
 from kvik.plan.work import Arithmetic, Work
@@ -136,7 +136,7 @@ def tiny(family):
     else:
         sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "max_position_embeddings": 64}
         theirs = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, num_attention_heads=4, num_key_value_heads=2))
-    config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
+    config = families.from_hf(theirs.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
     return theirs, Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights="f32")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.trace import collect
 
@@ -47,7 +47,7 @@ def tiny(family="llama", layers=2, heads=4, lanes=2):
         model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=5))
     else:
         model = LlamaForCausalLM(LlamaConfig(**sizes))
-    config = Config.from_hf(model.config.to_dict(), None, "tiny")
+    config = families.from_hf(model.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
     made = Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights="f32")
     made.tokenizer = Bytes()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvik.errors import ConfigError, WeightsError
 from kvik.models.config import Config
+from kvik.models.families import from_hf, from_json
 from kvik.models.fields import brief
 from kvik.models.weights import Weight, check, read_file, read_safetensors, safetensors_files
 from kvik.ops.grouped import GroupQuantized
@@ -58,7 +59,7 @@ def load(folder: Path | str) -> Loaded:
     if "kvik" in values:
         return _load_prepared(folder, values)
     generation = folder / "generation_config.json"
-    config = Config.from_hf(values, _read_json(generation) if generation.is_file() else None, folder.name)
+    config = from_hf(values, _read_json(generation) if generation.is_file() else None, folder.name)
     tensors = check(read_safetensors(folder), config)
     return Loaded(config, tensors, folder, _folder_fingerprint(folder))
 
@@ -129,7 +130,7 @@ def _load_prepared(folder: Path, values: Mapping[str, object]) -> Loaded:
         if path.stat().st_size != size:
             _damaged(folder, f"{path.name} has {path.stat().st_size} bytes instead of {brief(size)}")
     try:
-        config = Config.from_json(described)
+        config = from_json(described)
         flat, bits = read_file(folder / _WEIGHTS)
         tensors = check(_assembled(flat, bits), config)
     except (ConfigError, WeightsError, KeyError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,37 +12,18 @@ from torch import Tensor
 from kvik.cache.cache import Cache
 from kvik.cache.prefix import digest
 from kvik.cache.sequence import Sequence as KVSequence
-from kvik.cache.spec import LayerShape, Spec
+from kvik.cache.spec import Spec
 from kvik.cache.step import Step
 from kvik.errors import ContextError, UsageError
+from kvik.models import families
 from kvik.models.config import Config
-from kvik.models.gpt2 import GPT2
-from kvik.models.llama import Llama
 from kvik.models.parts import Source, arithmetic, multiplied, nbytes
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.watch import Chunk
 from kvik.ops.grouped import GroupQuantized
-from kvik.ops.linear import FORMATS, Format, Linear
+from kvik.ops.linear import FORMATS, Format
 
 Weights = Literal["auto", "f32", "bf16", "int8", "int4"]
-
-
-class Decoder(Protocol):
-    """What a family's file provides."""
-
-    config: Config
-    layers: list[LayerShape]
-    head: Linear
-
-    @property
-    def blocks(self) -> Sequence[object]:
-        """The layers' weights."""
-
-    def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Takes a step's tokens through all layers; logits of the chosen rows."""
-
-
-FAMILIES: dict[str, Callable[[Config, Source], Decoder]] = {"llama": Llama, "gpt2": GPT2}
 
 
 class Model:
@@ -83,7 +64,7 @@ class Model:
         if weights == "auto" and self.device.type != "cpu" and self.weights in ("int8", "int4"):
             self.weights = "bf16"
         with torch.inference_mode():
-            self.decoder = FAMILIES[config.family](config, Source(tensors, self.weights, self.device))
+            self.decoder = families.build(config, Source(tensors, self.weights, self.device))
         self.tokenizer = tokenizer
         self.arithmetic = arithmetic(self.decoder, self.device)
         held = f"{self.weights}, {self.arithmetic}"
@@ -157,7 +138,7 @@ class Model:
     @property
     def way_beyond(self) -> str:
         """For messages: how a text may get longer than the model's positions; "" where it can't."""
-        if self.config.rope is None:
+        if any(layer.frequencies is None for layer in self.decoder.layers):
             return ""
         window = min(1024, self.config.max_positions // 2)
         return f", or let a window move along: --kv int8+window:{window},sinks:4,relative"

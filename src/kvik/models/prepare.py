@@ -23,7 +23,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kvik.errors import StorageError, UsageError, WeightsError
-from kvik.models.config import Config
+from kvik.models.families import from_gguf
 from kvik.models.fields import brief
 from kvik.models.folder import FORMAT, Loaded, file_sha256, load, write_prepared
 from kvik.models.gguf_tokenizer import write_tokenizer
@@ -217,7 +217,7 @@ def _prepare(final: Path, sha256: str, obtain: Callable[[Path], Path], source: s
         gguf = obtain(work)
         progress("convert the weights", 2, _STEPS)
         fields, tensors = read_gguf(gguf)
-        config = Config.from_gguf(fields)
+        config = from_gguf(fields)
         tensors = check(tensors, config)
         progress("convert the tokenizer", 3, _STEPS)
         write_tokenizer(gguf, fields, folder)

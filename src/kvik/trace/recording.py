@@ -247,7 +247,7 @@ def collect(
         layers=config.layers,
         heads=config.heads,
         lanes=config.kv_heads,
-        rotated=config.rope is not None,
+        rotated=all(layer.frequencies is not None for layer in model.decoder.layers),
         hides=retained(spec) != retained(model.spec("f32")),
         page_size=spec.page_size,
         frames=tuple(frames),
