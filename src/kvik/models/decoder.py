@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -29,3 +29,19 @@ class Decoder(Protocol):
 
     def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
         """Takes a step's tokens through all layers; logits of the chosen rows."""
+
+
+class Reader(Decoder, Protocol):
+    """A decoder that also reads a source (cross-attention): its `layers` are those of the text, and after them those
+    of the source (`LayerShape.source`)."""
+
+    def encode(self, source: Tensor) -> Tensor:
+        """A source as its encoder sees it, every row beside all others: f32 [rows, width].
+
+        Args:
+            source: token ids, int64 [n], or features, f32 [frames, channels].
+        """
+
+    def given(self, states: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """What the text's tokens will read of a source: for each of its layers the index, and f32 [rows, heads, width]
+        for each stream."""

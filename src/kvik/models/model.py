@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from kvik.cache.step import Step
 from kvik.errors import ContextError, UsageError
 from kvik.models import families
 from kvik.models.config import Config
+from kvik.models.decoder import Reader
 from kvik.models.parts import Source, arithmetic, multiplied, nbytes
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.watch import Chunk
@@ -32,6 +33,7 @@ class Model:
     Attributes:
         config: its sizes.
         decoder: the network.
+        reader: the same where it also reads a source; else None.
         tokenizer: None where the folder has none and none is needed.
         weights: how linear weights are held.
         arithmetic: what computes products and rows: another gives other last bits.
@@ -65,6 +67,8 @@ class Model:
             self.weights = "bf16"
         with torch.inference_mode():
             self.decoder = families.build(config, Source(tensors, self.weights, self.device))
+        reads = any(layer.source for layer in self.decoder.layers)
+        self.reader = cast(Reader, self.decoder) if reads else None
         self.tokenizer = tokenizer
         self.arithmetic = arithmetic(self.decoder, self.device)
         held = f"{self.weights}, {self.arithmetic}"
@@ -85,6 +89,38 @@ class Model:
     def cache(self, kv: str = "bf16", *, memory: int | None = None, shares: bool = True) -> Cache:
         """A cache for this model's rows; see `Cache`."""
         return Cache(self.spec(kv), memory=memory, weights=self.fingerprint, shares=shares, device=self.device)
+
+    @torch.inference_mode()
+    def fill(self, cache: Cache, source: Tensor | Sequence[int], salt: str = "") -> bytes:
+        """Makes a source known to a cache. Its encoder runs only where that is news; `Cache.listen` hears of it.
+
+        Args:
+            cache: of this model.
+            source: token ids, or features f32 [frames, channels].
+            salt: only texts opened with the same salt share it.
+
+        Returns:
+            Its digest, for `Cache.open`.
+
+        Raises:
+            UsageError: the model reads no source, or ids are out of range.
+            BudgetError: the cache has no room for its rows; nothing changed.
+        """
+        if self.reader is None:
+            raise UsageError(f"{self.config.name} reads no source beside its text; open a sequence without one")
+        given = source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
+        if given.dtype == torch.int64 and not ((given >= 0) & (given < self.config.vocab_size)).all():
+            raise UsageError(
+                f"token ids must be 0 to {self.config.vocab_size - 1}; got {int(given.min())} to {int(given.max())}"
+            )
+        data = given.detach().cpu().contiguous()
+        name = digest(kind=f"{data.dtype} {tuple(data.shape)}".encode(), data=data.numpy().tobytes())
+        if not cache.knows(name, salt):
+            states = self.reader.encode(given.to(self.device))
+            with cache.fill(name, len(states), salt) as filling:
+                for layer, rows in self.reader.given(states):
+                    filling.append(layer, **rows)
+        return name
 
     @torch.inference_mode()
     def run(
