@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+import transformers as hf
 
 from kvik.errors import ContextError, UsageError
 from kvik.models import families
@@ -22,36 +22,77 @@ SCALINGS = {
 }  # fmt: skip
 
 
+def tiny(name, **sizes):
+    """transformers' model of this name, with small random weights."""
+    config = hf.Gemma3TextConfig if name == "Gemma3" else getattr(hf, f"{name}Config")
+    return getattr(hf, f"{name}ForCausalLM")(config(**{**SIZES, **HEADS, **sizes}))
+
+
 def llama(**changes):
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **HEADS, **changes}))
+    return tiny("Llama", **changes)
 
 
 def gpt2():
     sizes = dict(vocab_size=157, n_embd=48, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2)
-    return GPT2LMHeadModel(GPT2Config(**sizes))
+    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes))
 
 
+def opt(**changes):
+    return tiny("OPT", **{"ffn_dim": 112, "word_embed_proj_dim": None, **changes})
+
+
+def gemma(generation, **changes):
+    """Four query heads on one KV head, two layers of three with a window."""
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    sizes = dict(head_dim=32, num_key_value_heads=1, sliding_window=40, layer_types=kinds, query_pre_attn_scalar=24)
+    return tiny("Gemma3" if generation == 3 else "Gemma2", **{**sizes, **changes})
+
+
+ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+}
 FAMILIES = {
     "llama": llama,
     "llama, tied": lambda: llama(tie_word_embeddings=True),
     "llama, biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "llama, wide heads": lambda: llama(head_dim=32, num_key_value_heads=1),
     **{f"llama, {kind}": (lambda kind=kind: llama(rope_parameters=SCALINGS[kind])) for kind in SCALINGS},
-    "mistral, window": lambda: MistralForCausalLM(MistralConfig(**SIZES, **HEADS, sliding_window=40)),
+    "mistral, window": lambda: tiny("Mistral", sliding_window=40),
     "gpt2": gpt2,
-}
+    "opt": opt,
+    "opt, no biases": lambda: opt(enable_bias=False, tie_word_embeddings=False),
+    "qwen2": lambda: tiny("Qwen2"),
+    "qwen2, windows": lambda: tiny("Qwen2", use_sliding_window=True, sliding_window=40, max_window_layers=1),
+    "qwen3": lambda: tiny("Qwen3", head_dim=32, tie_word_embeddings=True),
+    "qwen3, biases and windows": lambda: tiny(
+        "Qwen3", head_dim=16, attention_bias=True, use_sliding_window=True, sliding_window=40,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gemma2": lambda: gemma(2, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+    "gemma3": lambda: gemma(3),
+    "gemma3, scaled ropes, capped logits": lambda: gemma(3, rope_parameters=ROPES, final_logit_softcapping=2.0),
+}  # fmt: skip
 
 
 @pytest.fixture(params=FAMILIES)
 def pair(request):
-    """(transformers' model, ours) with the same weights, in f32. Biases and norms are drawn too."""
+    """(transformers' model, ours) with the same weights, in f32."""
+    theirs = drawn(FAMILIES[request.param])
+    return theirs, ours(theirs)
+
+
+def drawn(make):
+    """A model whose biases and norms are random too, and whose weights are large enough to make a difference."""
     torch.manual_seed(0)
-    theirs = FAMILIES[request.param]().eval()
+    theirs = make().eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    return theirs, ours(theirs)
+            else:
+                parameter.mul_(5)
+    return theirs
 
 
 def ours(theirs, weights="f32"):

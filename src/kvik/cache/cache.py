@@ -16,11 +16,12 @@ from kvik.cache.arena import Arena, Pages, device_memory
 from kvik.cache.books import Books, books, check, nbytes
 from kvik.cache.limits import memory_available, memory_total
 from kvik.cache.observed import may_know
+from kvik.cache.parts import parts_of
 from kvik.cache.prefix import Block, PrefixIndex, root_key, source_key
 from kvik.cache.sequence import Sequence
 from kvik.cache.source import Filling
 from kvik.cache.spec import Bytes, Group, Spec
-from kvik.cache.step import Step, parts_of
+from kvik.cache.step import Step
 from kvik.cache.table import Table
 from kvik.errors import BudgetError, SequenceError, UsageError
 from kvik.ops import pages as paged

@@ -11,7 +11,6 @@ with cache.step([(a, [5, 9]), (b, [7])]) as step:      # pages are reserved, or 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -19,39 +18,17 @@ import numpy as np
 from torch import Tensor
 
 from kvik.cache import relative
+from kvik.cache.parts import Part, heads_of, joined
 from kvik.cache.quest import select_of
 from kvik.cache.sequence import Sequence
-from kvik.cache.spec import Group, Spec
+from kvik.cache.some import Some
+from kvik.cache.spec import Group
 from kvik.errors import SequenceError
 from kvik.ops.fused import Fused
 from kvik.ops.reads import Member, Partial, Plan, Reads
 
 if TYPE_CHECKING:
     from kvik.cache.cache import Cache
-
-
-@dataclass(frozen=True)
-class Part:
-    """One layer's lanes that lie in one group. `heads` is None where they are all of the layer's, in order."""
-
-    group: int
-    lanes: slice
-    heads: tuple[int, ...] | None
-
-
-def parts_of(spec: Spec) -> list[list[Part]]:
-    """For each layer, where its lanes lie."""
-    found: dict[int, list[tuple[int, slice, tuple[int, ...]]]] = {}
-    for index, group in enumerate(spec.groups):
-        layers = np.array([layer for layer, _ in group.lanes])
-        for layer in dict.fromkeys(layers.tolist()):
-            lanes = np.flatnonzero(layers == layer)
-            where = slice(int(lanes[0]), int(lanes[-1]) + 1)
-            found.setdefault(layer, []).append((index, where, tuple(group.lanes[i][1] for i in lanes)))
-    out: list[list[Part]] = [[] for _ in range(max(found, default=-1) + 1)]
-    for layer, parts in found.items():
-        out[layer] = [Part(index, where, heads if len(parts) > 1 else None) for index, where, heads in parts]
-    return [out[owner] for owner in spec.readers] if spec.readers else out
 
 
 class Step:
@@ -94,7 +71,7 @@ class Step:
         for sequence in self.sequences:
             sequence._busy = True
         try:
-            self._plans = [self._plan_of(index, group) for index, group in enumerate(self.cache.spec.groups)]
+            self._plans = [self.plan_of(index, group) for index, group in enumerate(self.cache.spec.groups)]
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -151,15 +128,9 @@ class Step:
 
         The other arguments, and the result: `ops.reads.Plan.attend`; masses part by part.
         """
-        self._check_open(layer)
-        owner = self.cache.spec.readers[layer]
-        if owner in self.cache.writing and owner not in self._done:
-            raise SequenceError(f"layer {layer} attends before it appended its rows; a token sees itself")
-        parts = self.cache.parts[layer]
-        shared = q.shape[1] // sum(part.lanes.stop - part.lanes.start for part in parts)
+        owner = self.check_reading(layer)
         results = []
-        for part in parts:
-            mine = None if part.heads is None else [h * shared + i for h in part.heads for i in range(shared)]
+        for part, mine in heads_of(self.cache.parts[layer], q.shape[1]):
             asked, seen = q if mine is None else q[:, mine], part.group in self._observers
             found = self._plans[part.group].attend(
                 part.lanes, asked, scale=scale, softcap=softcap,
@@ -169,7 +140,15 @@ class Step:
             if seen:
                 self._show(owner, layer, part, asked, scale, found)
             results.append((mine, found if want_mass else Partial(found.out, found.lse)))
-        return results[0][1] if results[0][0] is None else _joined(results, q.shape[1])
+        return joined(results, q.shape[1])
+
+    def only(self, rows: Seq[int]) -> Some | None:
+        """Some of the step's tokens, by their place among all: their queries alone go through layers that append
+        nothing. None where a policy looks on, which must see every query.
+
+        Nothing that any token's queries find depends on the others' (law 8), so no bit changes.
+        """
+        return None if self._observers else Some(self, rows)
 
     def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
         """Append, attend and all around them in one call, where the cache's device and the layer's lanes allow it.
@@ -224,6 +203,14 @@ class Step:
                 observed.see(owner, layer, part.lanes, len(sequence), asked, scale, mass)
             first += len(chunk)
 
+    def check_reading(self, layer: int) -> int:
+        """The layer whose rows this one reads. Raises SequenceError where they are not there yet."""
+        self._check_open(layer)
+        owner = self.cache.spec.readers[layer]
+        if owner in self.cache.writing and owner not in self._done:
+            raise SequenceError(f"layer {layer} attends before it appended its rows; a token sees itself")
+        return owner
+
     def _check_open(self, layer: int) -> None:
         if self.cache.active is not self:
             raise SequenceError("the step is not open; use it inside its own 'with'")
@@ -252,9 +239,11 @@ class Step:
                 self.cache.release(table, np.arange(len(table.logical)) < columns)
                 table.stale = True
 
-    def _plan_of(self, index: int, group: Group) -> Plan:
-        """How a group's rows are written and read."""
+    def plan_of(self, index: int, group: Group, rows: Seq[int] | None = None) -> Plan:
+        """How a group's rows are written and read; `rows`: by these of the tokens."""
         ops, pages, reads = self.cache.ops, self.cache.pages(group), self._reads_of(index, group)
+        if rows is not None:
+            reads = reads.only(rows)
         if group.retention.relative:
             return relative.plan(ops, pages, reads, group.frequencies)
         return ops.plan(pages, reads)
@@ -271,16 +260,3 @@ class Step:
         retention = group.retention
         members_ = tuple(members)
         return Reads(group.layout, group.page_size, retention.window, retention.sinks, members_, select_of(group))
-
-
-def _joined(results: list[tuple[list[int] | None, Partial]], heads: int) -> Partial:
-    """Parts of a layer's heads, put back in their order. Masses are given part by part."""
-    first = results[0][1]
-    out = first.out.new_empty((first.out.shape[0], heads, first.out.shape[2]))
-    lse = None if first.lse is None else first.lse.new_empty((first.lse.shape[0], heads))
-    for mine, result in results:
-        out[:, mine] = result.out
-        if lse is not None and result.lse is not None:
-            lse[:, mine] = result.lse
-    masses = None if first.mass is None else tuple(mass for _, result in results for mass in result.mass or ())
-    return Partial(out, lse, masses)

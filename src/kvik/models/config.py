@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
-from kvik.errors import ConfigError
+from kvik.errors import ConfigError, UsageError
 from kvik.models.fields import Fields
 from kvik.models.rope import Kind, Rope
 
@@ -56,18 +56,29 @@ class Config:
         """Every tensor's canonical name and shape: those of transformers' own files for the family."""
         raise NotImplementedError
 
+    def sharing(self, rule: str) -> Self:
+        """The same model with layers that read the rows of others, by one of `cache/sharing.py`'s rules: another model,
+        for which the weights were not trained. Raises UsageError."""
+        raise UsageError(
+            f"share {rule!r}: layers of {self.family} models can't share rows in kvik; leave it out, or use a model of "
+            "Llama's kin"
+        )
+
     def to_json(self) -> dict[str, object]:
-        """The same as plain JSON types."""
-        return {"family": self.family, **dataclasses.asdict(self)}
+        """The same as plain JSON types; what has its usual value is left out."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        values = {name: value for name, value in dataclasses.asdict(self).items() if value != usual[name]}
+        return {"family": self.family, **values}
 
     @classmethod
     def from_json(cls, values: Mapping[str, object]) -> Self:
         """What `to_json` gave, checked again, each value by its field's type. Raises ConfigError."""
         hints = {field.name: typing.get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}
-        if set(values) != {"family", *hints} or values["family"] != cls.family:
+        needed = {field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        if not {"family", *needed} <= set(values) <= {"family", *hints} or values["family"] != cls.family:
             raise ConfigError(f"{_PREPARED} has other keys than this version of kvik writes; delete its folder")
         fields = Fields(values, _PREPARED)
-        given: dict[str, Any] = {name: _of_type(fields, name, hint) for name, hint in hints.items()}
+        given: dict[str, Any] = {name: _of_type(fields, name, hint) for name, hint in hints.items() if name in values}
         return cls(**given)
 
 
@@ -79,6 +90,26 @@ def end_ids(*sources: Fields) -> tuple[int, ...]:
 def first_id(fields: Fields, key: str) -> int | None:
     """A token id, or None where there is none."""
     return fields.integer(key, least=0) if fields.has(key) else None
+
+
+def windows_of(fields: Fields, layers: int, window: int | None, has: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """For each layer, how many positions back it sees, from `layer_types` where config.json has them.
+
+    Args:
+        window: of the layers that have one.
+        has: whether a layer has one, where there are no `layer_types`.
+
+    Raises:
+        ConfigError: a layer is of another kind, or would have a window of no size.
+    """
+    types = fields.values.get("layer_types")
+    if types is None:
+        return tuple(window if has(layer) else None for layer in range(layers))
+    if not isinstance(types, list) or len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
+        fields.fail("layer_types", f"must name sliding_attention or full_attention for each of the {layers} layers")
+    if window is None and "sliding_attention" in types:
+        fields.fail("layer_types", "there is no sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def gguf_end_ids(fields: Fields) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from kvik.cache.spec import LayerShape
@@ -45,3 +46,17 @@ class Reader(Decoder, Protocol):
     def given(self, states: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """What the text's tokens will read of a source: for each of its layers the index, and f32 [rows, heads, width]
         for each stream."""
+
+
+def narrowed(step: Chunk, rows: Tensor, tokens: int) -> tuple[Chunk, Tensor | slice, Tensor]:
+    """Who goes on where no layer behind keeps rows: tokens whose logits are wanted; all, if a policy looks on.
+
+    Args:
+        rows: int64 [R], which of T tokens are wanted.
+        tokens: T.
+
+    Returns:
+        The step as those see it, which of the tokens they are, and which of them are wanted.
+    """
+    some = step.only(rows.tolist()) if len(rows) < tokens else None
+    return (step, slice(None), rows) if some is None else (some, rows, torch.arange(len(rows), device=rows.device))

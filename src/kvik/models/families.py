@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvik.models import gpt2, llama
+from kvik.models import gemma, gpt2, llama, opt, qwen
 from kvik.models.config import Config
 from kvik.models.decoder import Decoder
 from kvik.models.fields import Fields
@@ -23,6 +23,7 @@ class Family:
         build: the network from its sizes and weights.
         kinds: the values of config.json's `model_type` that it serves.
         read_gguf: its sizes from a GGUF file's fields; None = it has no such files.
+        archs: the values of GGUF's `general.architecture` that it serves.
     """
 
     config: type[Config]
@@ -30,15 +31,19 @@ class Family:
     build: Callable[[Any, Source], Decoder]
     kinds: tuple[str, ...]
     read_gguf: Callable[[Fields], Config] | None = None
+    archs: tuple[str, ...] = ()
 
 
 FAMILIES = (
-    Family(llama.LlamaConfig, llama.read, llama.Llama, ("llama", "mistral"), llama.read_gguf),
-    Family(gpt2.GPT2Config, gpt2.read, gpt2.GPT2, ("gpt2",), gpt2.read_gguf),
+    Family(llama.LlamaConfig, llama.read, llama.Llama, ("llama", "mistral"), llama.read_gguf, ("llama",)),
+    Family(gpt2.GPT2Config, gpt2.read, gpt2.GPT2, ("gpt2",), gpt2.read_gguf, ("gpt2",)),
+    Family(opt.OPTConfig, opt.read, opt.OPT, ("opt",)),
+    Family(qwen.QwenConfig, qwen.read, qwen.Qwen, ("qwen2", "qwen3"), qwen.read_gguf, ("qwen2", "qwen3")),
+    Family(gemma.GemmaConfig, gemma.read, gemma.Gemma, ("gemma2", "gemma3_text")),
 )
 _BY_NAME = {family.config.family: family for family in FAMILIES}
 _BY_KIND = {kind: family for family in FAMILIES for kind in family.kinds}
-_GGUF = {name: family for name, family in _BY_NAME.items() if family.read_gguf is not None}
+_GGUF = {arch: family for family in FAMILIES for arch in family.archs}
 
 _GGUF_KEYS = [  # what kvik reads, or knows to be without effect on the numbers; each under "<arch>."
     *("vocab_size", "context_length", "embedding_length", "feed_forward_length", "block_count", "tensor_data_layout"),

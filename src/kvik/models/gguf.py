@@ -34,21 +34,24 @@ _MOST_ITEMS = 2**22  # of one array; the largest vocabularies have 2**18 tokens 
 _MOST_TEXT = 2**24  # bytes of one string
 _MOST_ENTRIES = 2**17  # fields, or tensors
 
+_LLAMA = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 _NAMES = {
-    "llama": {
-        "token_embd": "model.embed_tokens",
-        "output_norm": "model.norm",
-        "output": "lm_head",
-        "attn_norm": "input_layernorm",
-        "attn_q": "self_attn.q_proj",
-        "attn_k": "self_attn.k_proj",
-        "attn_v": "self_attn.v_proj",
-        "attn_output": "self_attn.o_proj",
-        "ffn_norm": "post_attention_layernorm",
-        "ffn_gate": "mlp.gate_proj",
-        "ffn_up": "mlp.up_proj",
-        "ffn_down": "mlp.down_proj",
-    },
+    "llama": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": {**_LLAMA, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
     "gpt2": {
         "token_embd": "wte",
         "position_embd": "wpe",
@@ -62,7 +65,7 @@ _NAMES = {
         "ffn_down": "mlp.c_proj",
     },
 }
-_LAYERS = {"llama": "model.layers", "gpt2": "h"}
+_LAYERS = {arch: "h" if arch == "gpt2" else "model.layers" for arch in _NAMES}
 _CONV1D = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")  # GPT-2's, which transformers holds as [in, out]
 _NO_PARAMETER = re.compile(r"blk\.\d+\.attn_rot_embd\.weight")  # constants in some older files
 _NAME = re.compile(r"(?:blk\.(\d{1,5})\.)?([a-z_]+)\.(weight|bias)")
@@ -132,7 +135,7 @@ class _Cursor:
 
 
 def read_gguf(path: Path | str) -> tuple[dict[str, object], dict[str, Weight]]:
-    """Everything in a GGUF file of a llama or gpt2 model.
+    """Everything in a GGUF file of a model that kvik knows.
 
     Returns:
         The file's fields, with two of kvik's own: "GGUF.tensors" (names of the file's tensors) and, where the file has

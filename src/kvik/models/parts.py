@@ -52,9 +52,14 @@ class Source:
     format: Format
     device: torch.device
 
-    def vector(self, name: str) -> Tensor:
-        """A norm's weight, a bias or a small table, as f32: a copy, since a part of a mapped file keeps all of it."""
-        return dense(self.tensors[name]).clone().to(self.device)
+    def vector(self, name: str, turned: bool = False) -> Tensor:
+        """A norm's weight, a bias or a small table, as f32: a copy, since a part of a mapped file keeps all of it.
+
+        Args:
+            turned: it goes with the channels of a head, which are `paired`.
+        """
+        weight = self.tensors[name]
+        return dense(paired(weight, 1) if turned else weight).clone().to(self.device)
 
     def linear(self, *names: str, bias: bool = False, turned: tuple[int, ...] = (), flip: bool = False) -> Linear:
         """One product for several projections of the same inputs.

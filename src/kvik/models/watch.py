@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -35,6 +37,9 @@ class Chunk(Protocol):
 
     def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
         """A whole layer in one call; False: append and attend are to be called. See `Step.through`."""
+
+    def only(self, rows: Sequence[int]) -> Chunk | None:
+        """Some of the tokens, for layers that append nothing; None: all are wanted. See `Step.only`."""
 
 
 class Watch:
@@ -79,3 +84,12 @@ class Watch:
     def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
         """Never: what is watched passes one by one."""
         return False
+
+    def only(self, rows: Sequence[int]) -> Watch | None:
+        """The same watch over some of the tokens."""
+        some = self.step.only(rows)
+        if some is None:
+            return None
+        twin = copy.copy(self)
+        twin.step = some
+        return twin

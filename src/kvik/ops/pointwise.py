@@ -54,7 +54,8 @@ class RowFunction:
         return None if module is None else self._kernel(module.RowFunction)
 
     def _kernel(self, make: Any) -> Any:
-        raise NotImplementedError
+        """The function as `native` makes it."""
+        return None
 
 
 class RMSNorm(RowFunction):
@@ -108,6 +109,25 @@ class SwiGLU(RowFunction):
 
     def _kernel(self, make: Any) -> Any:
         return make.swiglu()
+
+
+class GeGLU(RowFunction):
+    """gelu(gate) · up of a row that is gate and up side by side, gelu by way of tanh (arXiv:2002.05202)."""
+
+    takes = 2
+
+    def plain(self, x: Tensor) -> Tensor:
+        """See the class."""
+        gate, up = x.chunk(2, dim=-1)
+        return gelu_tanh(gate) * up
+
+
+class ReLU(RowFunction):
+    """max(x, 0)."""
+
+    def plain(self, x: Tensor) -> Tensor:
+        """See the class."""
+        return x.clamp(min=0)
 
 
 class GELU(RowFunction):

@@ -15,8 +15,8 @@ Rows that stayed when others left lie apart, in pages of their own, lane by lane
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -147,6 +147,17 @@ class Reads:
     def tokens(self) -> int:
         """T."""
         return sum(member.count for member in self.members)
+
+    def only(self, rows: Sequence[int]) -> Reads:
+        """The same of some of the T tokens, each a member of its own."""
+        ends = np.cumsum([member.count for member in self.members])
+        members = []
+        for row in rows:
+            owner = int(np.searchsorted(ends, row, side="right"))
+            member = self.members[owner]
+            start = member.start + row - int(ends[owner]) + member.count
+            members.append(replace(member, start=start, count=1))
+        return replace(self, members=tuple(members))
 
     def visible(self, asking: NDArray[np.int64], held: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The mask, made of positions alone: which held rows each asking query sees; the two broadcast."""
