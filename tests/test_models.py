@@ -2,77 +2,19 @@
 
 import pytest
 import torch
-import transformers as hf
 
-from kvik.errors import ContextError, UsageError
+from kvik.cache.methods import Needs
+from kvik.cache.scorers import METHODS
+from kvik.cache.spec import Spec
+from kvik.errors import ContextError, SpecError, UsageError
 from kvik.models import families
-from kvik.models.model import Model
+from kvik.models.parts import multiplied
 from kvik.models.watch import Watch
+from kvik.ops.linear import Linear
 from kvik.ops.loader import native
-
-SIZES = dict(vocab_size=157, hidden_size=64, intermediate_size=112, num_hidden_layers=3, max_position_embeddings=512)
-HEADS = dict(num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
-SCALINGS = {
-    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
-    "llama3": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64, "rope_theta": 10000.0,
-    },
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0},
-}  # fmt: skip
-
-
-def tiny(name, **sizes):
-    """transformers' model of this name, with small random weights."""
-    config = hf.Gemma3TextConfig if name == "Gemma3" else getattr(hf, f"{name}Config")
-    return getattr(hf, f"{name}ForCausalLM")(config(**{**SIZES, **HEADS, **sizes}))
-
-
-def llama(**changes):
-    return tiny("Llama", **changes)
-
-
-def gpt2():
-    sizes = dict(vocab_size=157, n_embd=48, n_layer=3, n_head=4, n_positions=512, bos_token_id=1, eos_token_id=2)
-    return hf.GPT2LMHeadModel(hf.GPT2Config(**sizes))
-
-
-def opt(**changes):
-    return tiny("OPT", **{"ffn_dim": 112, "word_embed_proj_dim": None, **changes})
-
-
-def gemma(generation, **changes):
-    """Four query heads on one KV head, two layers of three with a window."""
-    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
-    sizes = dict(head_dim=32, num_key_value_heads=1, sliding_window=40, layer_types=kinds, query_pre_attn_scalar=24)
-    return tiny("Gemma3" if generation == 3 else "Gemma2", **{**sizes, **changes})
-
-
-ROPES = {
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-    "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
-}
-FAMILIES = {
-    "llama": llama,
-    "llama, tied": lambda: llama(tie_word_embeddings=True),
-    "llama, biases": lambda: llama(attention_bias=True, mlp_bias=True),
-    "llama, wide heads": lambda: llama(head_dim=32, num_key_value_heads=1),
-    **{f"llama, {kind}": (lambda kind=kind: llama(rope_parameters=SCALINGS[kind])) for kind in SCALINGS},
-    "mistral, window": lambda: tiny("Mistral", sliding_window=40),
-    "gpt2": gpt2,
-    "opt": opt,
-    "opt, no biases": lambda: opt(enable_bias=False, tie_word_embeddings=False),
-    "qwen2": lambda: tiny("Qwen2"),
-    "qwen2, windows": lambda: tiny("Qwen2", use_sliding_window=True, sliding_window=40, max_window_layers=1),
-    "qwen3": lambda: tiny("Qwen3", head_dim=32, tie_word_embeddings=True),
-    "qwen3, biases and windows": lambda: tiny(
-        "Qwen3", head_dim=16, attention_bias=True, use_sliding_window=True, sliding_window=40,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    ),
-    "gemma2": lambda: gemma(2, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
-    "gemma3": lambda: gemma(3),
-    "gemma3, scaled ropes, capped logits": lambda: gemma(3, rope_parameters=ROPES, final_logit_softcapping=2.0),
-}  # fmt: skip
+from kvik.plan import from_config, make_plan, run_plan
+from kvik.plan.wellknown import CONFIGS
+from tiny_models import FAMILIES, deepseek, drawn, llama, ours, their_logits, tokens
 
 
 @pytest.fixture(params=FAMILIES)
@@ -82,40 +24,16 @@ def pair(request):
     return theirs, ours(theirs)
 
 
-def drawn(make):
-    """A model whose biases and norms are random too, and whose weights are large enough to make a difference."""
-    torch.manual_seed(0)
-    theirs = make().eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            else:
-                parameter.mul_(5)
-    return theirs
-
-
-def ours(theirs, weights="f32"):
-    config = families.from_hf(theirs.config.to_dict(), None, "tiny")
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
-    return Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights=weights)
-
-
-def tokens(count, seed=0):
-    return torch.randint(3, 157, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-@torch.no_grad()
-def their_logits(theirs, ids):
-    return theirs(torch.tensor([ids])).logits[0]
-
-
 def test_prompt_logits_equal_transformers(pair):
     theirs, model = pair
     ids = tokens(130)
     with model.cache("f32", memory=8 << 20).open() as sequence:
         got = model.run([(sequence, ids)], every=True)
-    assert (got - their_logits(theirs, ids)).abs().max() < 1e-4
+        formula = model.spec("bf16").nbytes(130)
+    want = their_logits(theirs, ids)
+    assert want.std() > 0.5 and (got - want).abs().max() < 1e-4
+    planned = make_plan(from_config(theirs.config.to_dict()), kv="bf16", context=130)
+    assert planned.total == formula and planned.shape.parameters == sum(p.numel() for p in theirs.parameters())
 
 
 def test_64_greedy_steps_equal_transformers(pair):
@@ -152,6 +70,45 @@ def test_ragged_batch_cut_anyhow_equals_transformers(pair):
     cache.check()
 
 
+@pytest.mark.parametrize(("weights", "kv"), [("f32", "int4"), ("int4", "int8")])
+def test_any_cut_beside_any_neighbour_gives_the_same_bits(made, weights, kv):
+    model, ids, other = ours(made, weights), tokens(100), tokens(100, 1)
+    cache = model.cache(kv, memory=8 << 20, shares=False)
+    whole, cut, neighbour = (cache.open() for _ in range(3))
+    want = model.run([(whole, ids)], every=True)
+    at, found = 0, []
+    for piece in (1, 62, 1, 30, 6):
+        now = slice(at, at + piece)
+        logits = model.run([(neighbour, other[now]), (cut, ids[now])], every=True)
+        found.append(logits[piece:])
+        at += piece
+    assert torch.equal(torch.cat(found), want)
+    assert want.isfinite().all() and want.std() > 0.1
+
+
+def test_forks_trims_and_known_prefixes_give_the_same_bits(made):
+    model, ids = ours(made), tokens(100)
+    cache = model.cache("int8", memory=8 << 20)
+    sequence = cache.open(ids)
+    want = model.run([(sequence, ids)], every=True)
+    sequence.trim(70)
+    assert torch.equal(model.run([(sequence, ids[70:])], every=True), want[70:])
+    sequence.settle()
+    twin = sequence.fork()
+    left, right = (model.run([(each, [5])]) for each in (sequence, twin))
+    assert torch.equal(left, right)
+    with cache.open(ids) as again:
+        assert again.cached == 96
+        assert torch.equal(model.run([(again, ids[96:])]), want[-1:])
+    cache.check()
+
+
+@pytest.fixture(params=FAMILIES)
+def made(request):
+    """transformers' model."""
+    return drawn(FAMILIES[request.param])
+
+
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
 def test_smaller_weights_stay_close_to_f32(weights):
     """Against f32's logits, whose spread is about 1: rounding to bf16 moves them by thousandths, 4 bits by tenths."""
@@ -184,13 +141,13 @@ def test_token_ids_outside_the_vocabulary_are_refused(pair):
         model.run([(sequence, [5, 157])])
 
 
-@pytest.mark.parametrize(("family", "weights"), [("llama", "int4"), ("llama", "int8"), ("gpt2", "int4")])
+@pytest.mark.parametrize(("family", "weights"), [("llama", "int4"), ("gpt2", "int4"), ("qwen2", "int8")])
 @pytest.mark.parametrize("kv", ["f32", "k8v4; layers 1 heads 0: bf16"])
 def test_a_layer_in_one_call_has_the_bits_of_its_parts(family, weights, kv):
     if native() is None:
         pytest.skip("there is no such call without the kernels")
     torch.manual_seed(0)
-    theirs = {"llama": llama, "gpt2": gpt2}[family]()
+    theirs = FAMILIES[family]()
     for parameter in theirs.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
     model = ours(theirs, weights)
@@ -210,3 +167,95 @@ def test_a_layer_in_one_call_has_the_bits_of_its_parts(family, weights, kv):
     assert torch.equal(found[0], found[1])
     mixed = "heads" in kv  # a layer whose lanes lie in two groups goes part by part
     assert through == [layer != 1 or not mixed for _ in range(4) for layer in range(model.config.layers)]
+
+
+def test_layers_of_another_kind_go_part_by_part():
+    for name in ("opt", "qwen3", "gemma2"):
+        assert all(block.fused is None for block in ours(drawn(FAMILIES[name]), "int4").decoder.blocks)
+
+
+# Latent attention.
+
+
+@pytest.fixture(scope="module")
+def latent():
+    return ours(drawn(FAMILIES["deepseek3"]))
+
+
+@pytest.mark.parametrize(
+    ("kv", "most"),
+    [("bf16", 0.05), ("f16", 0.01), ("int8", 0.1), ("int8-rot", 0.1), ("int4", 1.5), ("int4-plain", 1.5),
+     ("int4-row", 1.5), ("latent:int4,rope:bf16", 1.5)],
+)  # fmt: skip
+def test_every_codec_works_on_a_latent(latent, kv, most):
+    """Against f32 rows, whose logits have a spread of 0.8; the KL of 4-bit rows tells them from noise."""
+    ids = tokens(120)
+    exact = _all_logits(latent, ids)
+    with latent.cache(kv, memory=8 << 20).open() as sequence:
+        found = latent.run([(sequence, ids)], every=True)
+        assert sequence.nbytes.payload == latent.spec(kv).nbytes(120).payload
+    assert 0 < (found - exact).abs().max() < most
+    p, q = exact.log_softmax(-1), found.log_softmax(-1)
+    assert (p.exp() * (p - q)).sum(-1).mean() < most / 10
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.methods))
+def test_policies_choose_among_latents_or_refuse_in_a_line(latent, method):
+    policy = f"{method}:4pages" if method == "quest" else f"{method}:40%,recent:8"
+    if METHODS.methods[method].needs & (Needs.PASS | Needs.PAGES):
+        with pytest.raises(SpecError) as refused:
+            latent.spec(f"int8+{policy}")
+        assert "\n" not in str(refused.value)
+        return
+    ids = tokens(100)
+    with latent.cache(f"int8+{policy}", memory=8 << 20).open(ids) as sequence:
+        latent.run([(sequence, ids)])
+        sequence.settle()
+        rows = sequence.read(0)["latent"].shape[1]
+        assert rows < 60, "rows have left"
+        assert latent.run([(sequence, [7])]).isfinite().all()
+
+
+def test_latents_turn_back_for_texts_past_the_window(latent):
+    """Sinks right before the window: the queries' turned part alone is turned back."""
+    window, ids = latent.cache("f32+window:40,sinks:4"), tokens(44)
+    relative = latent.cache("f32+window:40,sinks:4,relative")
+    with window.open() as a, relative.open() as b:
+        assert torch.equal(latent.run([(a, ids)]), latent.run([(b, ids)]))
+        for token in tokens(60, 2):
+            a.settle(), b.settle()
+            plain, turned = latent.run([(a, [token])]), latent.run([(b, [token])])
+        assert not torch.equal(plain, turned) and turned.isfinite().all()
+
+
+def test_deepseek_v3_leaves_70272_bytes_a_token_as_published():
+    config = {**CONFIGS["deepseek-v3"], **deepseek(3).config.to_diff_dict(), **CONFIGS["deepseek-v3"]}
+    config |= {"n_group": 8, "topk_group": 4, "num_experts_per_tok": 8}
+    shapes = families.from_hf(config, None, "deepseek-v3").layer_shapes()
+    assert Spec.parse("bf16", shapes).nbytes(1).payload == 70_272
+    assert run_plan("deepseek-v3", kv="bf16").per_token.payload == 70_272
+
+
+def test_a_row_of_an_expert_does_not_depend_on_who_else_chose_it(latent):
+    mlp = latent.decoder.blocks[1].mlp
+    x = torch.randn(60, 64, generator=torch.Generator().manual_seed(1))
+    whole = mlp(x, after=latent.decoder.norm, onto=torch.zeros(60, 64))
+    for row in range(60):
+        assert torch.equal(mlp(x[row : row + 1], after=latent.decoder.norm, onto=torch.zeros(1, 64))[0], whole[row])
+    assert len({tuple(sorted(each)) for each in mlp.router(x)[0].tolist()}) > 5, "they choose differently"
+
+
+def test_weights_that_a_row_passes_leave_out_experts_that_it_does_not_take(latent):
+    dense, *mixed = latent.decoder.blocks
+    assert latent.row_weights == sum(multiplied(block) for block in latent.decoder.blocks)
+    idle = (8 - 2) * 3 * 64 * 24
+    for block in mixed:
+        assert sum(x.outputs * x.inputs for x in linears(block)) - multiplied(block) == idle
+    assert sum(x.outputs * x.inputs for x in linears(dense)) == multiplied(dense)
+
+
+def linears(item):
+    if isinstance(item, Linear):
+        return [item]
+    values = item if isinstance(item, list) else vars(item).values() if hasattr(item, "__dict__") else ()
+    return [found for value in values for found in linears(value)]

@@ -5,11 +5,13 @@ import json
 import shutil
 import struct
 import tracemalloc
+from dataclasses import replace
 
 import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from gguf import GGMLQuantizationType as Q
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -30,6 +32,8 @@ TO_GGUF = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -84,12 +88,15 @@ def write_gguf(path, model, kind=None, *, pre="smollm", template=None, extra=())
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
     writer.add_head_count(config.num_attention_heads)
-    if family == "llama":
+    if family == "gpt2":
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    else:
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
         writer.add_vocab_size(config.vocab_size)
-    else:
-        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    if family == "qwen3":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     tokens = alphabet()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -105,7 +112,7 @@ def write_gguf(path, model, kind=None, *, pre="smollm", template=None, extra=())
             continue
         data = tensor.float().numpy()
         heads = HEADS if "q_proj" in name else KV_HEADS if "k_proj" in name else None
-        if heads:
+        if heads and family == "llama":
             data = permuted(data, heads)
         if family == "gpt2" and data.ndim == 2 and ".c_" in name:
             data = data.T
@@ -133,6 +140,19 @@ def test_a_llama_from_gguf_equals_the_transformers_model_bit_for_bit(tmp_path):
     assert config.mlp_bias
     for name, tensor in tensors.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
+def test_a_qwen_from_gguf_equals_the_transformers_model_bit_for_bit(tmp_path, family, changes):
+    config = getattr(transformers, f"{family}Config")(**llama().config.to_dict() | {"head_dim": 24, **changes})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    fields, tensors = read_gguf(write_gguf(tmp_path / "tiny.gguf", model))
+    read, named = families.from_gguf(fields), families.from_hf(config.to_dict(), None, "tiny")
+    expected = model.state_dict()
+    assert tensors.keys() == expected.keys() - ({"lm_head.weight"} if changes else set())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in check(tensors, read).items())
+    assert replace(read, eos_ids=(), bos_id=None) == replace(named, eos_ids=(), bos_id=None)
 
 
 @pytest.mark.parametrize("kind", [None, Q.F16, Q.Q8_0], ids=str)

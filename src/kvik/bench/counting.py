@@ -56,7 +56,7 @@ class Tally:
         """
         Args:
             tokens: positions.
-            layers: of the model.
+            layers: of the model, that keep rows.
             shared: query heads that read one lane.
         """
         self.layers, self.shared = layers, shared

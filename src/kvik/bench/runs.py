@@ -190,7 +190,8 @@ class _Runs:
 
     def _tally(self) -> Tally:
         config = self.model.config
-        return Tally(len(self.ids), config.layers, config.heads // config.kv_heads)
+        keeping = sum(layer.reads is None for layer in self.model.decoder.layers)
+        return Tally(len(self.ids), keeping, config.heads // config.kv_heads)
 
     def _say(self, what: str) -> None:
         self._show(what, self._done, self._total)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvik.bench.rates import Clock
 from kvik.models.model import Model
+from kvik.models.parts import products
 from kvik.models.watch import Chunk, Watch
 from kvik.ops.linear import Linear
 from kvik.ops.reads import Partial
@@ -33,12 +34,10 @@ class Stopwatch:
         self.linears: list[Linear] = []
         decoder: Any = copy.copy(model.decoder)
         decoder.blocks = [self._timed(block) for block in model.decoder.blocks]
-        self._add(model.decoder.head)
-        decoder.head = _Product(model.decoder.head, self)
+        decoder.head = self._timed(model.decoder.head)
         self.model = copy.copy(model)
         self.model.decoder = decoder
-        found = sum(linear.outputs * linear.inputs for linear in self.linears)
-        assert found == model.row_weights + model.head_weights, "every product is timed"
+        assert len(self.linears) == products((model.decoder.blocks, model.decoder.head)), "every product is timed"
 
     def watch(self, step: Chunk) -> Watch:
         """For `Model.run`: times what passes between the decoder and this step."""
@@ -48,16 +47,18 @@ class Stopwatch:
         """To zero."""
         self.products = self.append = self.attend = 0.0
 
-    def _timed(self, block: object) -> object:
-        twin = copy.copy(block)
-        for name, value in vars(block).items():
-            if isinstance(value, Linear):
-                self._add(value)
-                setattr(twin, name, _Product(value, self))
+    def _timed(self, part: Any) -> Any:
+        """A copy of a part of the model, its products timed, however deep they lie."""
+        if isinstance(part, Linear):
+            self.linears.append(part)
+            return _Product(part, self)
+        if isinstance(part, list):
+            return [self._timed(each) for each in part]
+        if not products(part):
+            return part
+        twin = copy.copy(part)
+        vars(twin).update({name: self._timed(value) for name, value in vars(part).items()})
         return twin
-
-    def _add(self, linear: Linear) -> None:
-        self.linears.append(linear)
 
 
 class _Product:

@@ -21,8 +21,6 @@ from dataclasses import replace
 from kvik.cache.shape import LayerShape
 from kvik.errors import UsageError
 
-RULES = "pairs, last-half or last:N"
-
 
 def readers(layers: Sequence[LayerShape], rule: str) -> tuple[int, ...]:
     """For each layer, the layer whose rows it reads under a rule: its own, or another's.
@@ -40,10 +38,8 @@ def readers(layers: Sequence[LayerShape], rule: str) -> tuple[int, ...]:
         found = [layer - layer % 2 for layer in range(count)]
     elif rule == "last-half":
         found = [min(layer, count // 2) for layer in range(count)]
-    elif match := re.fullmatch(r"last:(\d{1,5})", rule):
-        found = _last(layers, int(match[1]), rule)
     else:
-        raise UsageError(f"share {rule!r}: use {RULES}")
+        found = _last(layers, known(rule), rule)
     for layer, owner in enumerate(found):
         if layers[layer] != layers[owner]:
             mine, theirs = (_sight(layers[each]) for each in (layer, owner))
@@ -54,6 +50,14 @@ def readers(layers: Sequence[LayerShape], rule: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def known(rule: str) -> int:
+    """The number in a rule, 0 where there is none. Raises UsageError where there is no such rule."""
+    match = re.fullmatch(r"pairs|last-half|last:([1-9]\d{0,4})", rule)
+    if match is None:
+        raise UsageError(f"share {rule!r}: use pairs, last-half or last:N")
+    return int(match[1] or 0)
+
+
 def shared(layers: Sequence[LayerShape], owners: Sequence[int]) -> tuple[LayerShape, ...]:
     """The layers as they are when each reads the rows of the one that `readers` names."""
     return tuple(
@@ -62,13 +66,13 @@ def shared(layers: Sequence[LayerShape], owners: Sequence[int]) -> tuple[LayerSh
     )
 
 
-def first_late(owners: Sequence[int]) -> int:
-    """The first layer behind which no layer keeps rows: of a prompt, these are needed for the last token alone.
+def first_late(layers: Sequence[LayerShape]) -> int:
+    """The first layer from which on none keeps rows: of a prompt, only the last token needs to pass these.
 
-    >>> first_late((0, 1, 2, 3, 3, 3)), first_late((0, 1, 2))
-    (4, 3)
+    >>> first_late([LayerShape(1, ()), LayerShape(1, ()), LayerShape(1, (), reads=1)])
+    2
     """
-    return max(owners, default=-1) + 1
+    return max((layer + 1 for layer, shape in enumerate(layers) if shape.reads is None), default=0)
 
 
 def _last(layers: Sequence[LayerShape], count: int, rule: str) -> list[int]:

@@ -42,6 +42,13 @@ KvOption = Annotated[
     ),
 ]
 WeightsOption = Annotated[str, typer.Option("--weights", help="How weights are held: auto, f32, bf16, int8 or int4.")]
+ShareOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Let layers read the rows of others: pairs, last-half or last:N. Changes the model, and answers for the "
+        "worse unless it was trained so.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 MemoryOption = Annotated[str | None, typer.Option("--memory", help="Budget of the cache, such as 64MiB.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more random.")]
@@ -76,6 +83,14 @@ def check_spec(kv: str, *, allow_none: bool) -> None:
         parse_rules(kv)
 
 
+def check_share(rule: str | None) -> None:
+    """Complains about a wrong rule before the model is loaded."""
+    from kvik.cache.sharing import known
+
+    if rule is not None:
+        known(rule)
+
+
 @contextmanager
 def progress() -> Iterator[Show]:
     """A bar that is drawn between measurements only, so that it costs them nothing."""
@@ -92,7 +107,7 @@ def progress() -> Iterator[Show]:
         yield show
 
 
-def load_model(model: str, weights: str, device: str) -> Model:
+def load_model(model: str, weights: str, device: str, share: str | None = None) -> Model:
     """Loads with a progress bar where there is something to prepare. Says so if the kernels were not built."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -111,7 +126,7 @@ def load_model(model: str, weights: str, device: str) -> Model:
 
         from kvik.models.model import load
 
-        loaded = load(model, weights=weights, device=device, progress=show)  # type: ignore[arg-type]
+        loaded = load(model, weights=weights, device=device, share=share, progress=show)  # type: ignore[arg-type]
     if device == "cpu":
         _tell_of_missing_kernels()
     return loaded

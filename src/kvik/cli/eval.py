@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvik.cli.common import DeviceOption, JsonOption, ModelOption, app, check_spec, load_model, progress, stdout
+from kvik.cli.common import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    ShareOption,
+    app,
+    check_share,
+    check_spec,
+    load_model,
+    progress,
+    stdout,
+)
 from kvik.cli.files import TextOption, check_pictures, check_target, draw, model_name, read_text
 from kvik.errors import UsageError
 
@@ -30,6 +41,7 @@ def evaluate(
     model: ModelOption = "smollm2",
     weights: Annotated[str, typer.Option(help="How weights are held: auto, f32, bf16, int8 or int4.")] = "f32",
     device: DeviceOption = "cpu",
+    share: ShareOption = None,
     text: TextOption = None,
     prefix: Annotated[int, typer.Option(help="Tokens that are in the cache before anything is scored.")] = PREFIX,
     scored: ScoredOption = 256,
@@ -53,6 +65,7 @@ def evaluate(
     wanted = specs or defaults(prefix)
     for kv in wanted:
         check_spec(kv, allow_none=False)
+    check_share(share)
     check_sizes(prefix=prefix, scored=scored, documents=documents)
     _check(protocol, needles, plot, map_, needle_plot, resume)
     source = read_text(text)
@@ -60,12 +73,14 @@ def evaluate(
     from kvik.eval import evaluate as measure
 
     ledger = Ledger(resume)
-    loaded = load_model(model, weights, device)
+    loaded = load_model(model, weights, device, share)
+    plain = None if share is None else load_model(model, weights, device)
     check_positions(loaded, prefix, scored)
     with progress() as show:
         found = measure(
             loaded, encoded(loaded, source), wanted, prefix=prefix, scored=scored, documents=documents,
             protocol="stream" if protocol == "stream" else "prompt", needles=needles, ledger=ledger,
+            against=plain, mark="" if share is None else f"share {share}",
             name=model_name(model), text=text_name(text), show=show,
         )  # fmt: skip
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvik.cli.common import JsonOption, app, stdout
+from kvik.cli.common import JsonOption, ShareOption, app, check_share, stdout
 from kvik.errors import UsageError
 
 
@@ -27,6 +27,7 @@ def plan(
     memory: Annotated[
         str | None, typer.Option("--memory", help="What it should fit into, such as 8GiB; by default this machine.")
     ] = None,
+    share: ShareOption = None,
     show_list: Annotated[bool, typer.Option("--list", help="A table of well-known models, smallest first.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -36,15 +37,16 @@ def plan(
     if show_list == (model is not None):
         raise UsageError("plan: name one model, such as 'kvik plan smollm2', or give --list")
     if model is None:
-        if context is not None or batch != 1 or memory is not None:
-            raise UsageError("plan --list takes no --context, --batch or --memory; name a model to use them")
+        if context is not None or batch != 1 or memory is not None or share is not None:
+            raise UsageError("plan --list takes no --context, --batch, --memory or --share; name a model to use them")
         plans = list_plans(kv, weights)
         if as_json:
             print(json.dumps([each.to_dict() for each in plans], indent=2))
         else:
             render_list(plans, stdout())
         return
-    result = run_plan(model, context=context, batch=batch, kv=kv, weights=weights, memory=memory)
+    check_share(share)
+    result = run_plan(model, context=context, batch=batch, kv=kv, weights=weights, memory=memory, share=share)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:

@@ -16,6 +16,7 @@ from kvik.cli.common import (
     MemoryOption,
     ModelOption,
     SeedOption,
+    ShareOption,
     StopOption,
     TemperatureOption,
     TopKOption,
@@ -23,6 +24,7 @@ from kvik.cli.common import (
     WeightsOption,
     app,
     budget,
+    check_share,
     check_spec,
     load_model,
     stderr,
@@ -51,6 +53,7 @@ def run(
     ] = "bf16",
     weights: WeightsOption = "auto",
     device: DeviceOption = "cpu",
+    share: ShareOption = None,
     memory: MemoryOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -67,10 +70,11 @@ def run(
     room = budget(memory)
     sampling = _sampling(temperature, top_p, top_k, seed, max_tokens, stop)
     check_spec(kv, allow_none=True)
+    check_share(share)
     if kv == "none" and memory is not None:
         raise UsageError("--kv none keeps no cache, so --memory has nothing to bound; leave one of the two out")
     text = stdin().read() if prompt == "-" else prompt
-    loaded = load_model(model, weights, device)
+    loaded = load_model(model, weights, device, share)
     from kvik.engine.generation import Generation, Request, encode_prompt
 
     request = Request(encode_prompt(loaded, text, raw=raw), max_tokens, tuple(stop or ()), sampling)
@@ -85,7 +89,7 @@ def run(
             generation = Generation(loaded, request, sequence)
             _answer(generation, quiet=as_json)
             generation.nbytes = cache.nbytes  # one sequence owns it all: slabs and all
-    facts = _facts(loaded, generation, spec, 0 if spec is None else len(sequence))
+    facts = _facts(loaded, generation, spec, 0 if spec is None else len(sequence)) | {"share": share}
     if as_json:
         print(json.dumps(facts, ensure_ascii=False, indent=2))
     else:
@@ -189,6 +193,10 @@ def _show_facts(facts: dict[str, Any], model: Model, spec: Spec | None) -> None:
             f"= {facts['kv_allocated_bytes']:,} B"
         )
     lines.append(f"weights {facts['weights']}: {format_bytes(model.nbytes)}")
+    if facts["share"] is not None:
+        lines.append(
+            f"share {facts['share']}: another model than its weights were trained for; see 'kvik eval --share'"
+        )
     if facts["note"]:
         lines.append(facts["note"])
     if facts["seed"] is not None:

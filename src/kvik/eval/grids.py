@@ -71,7 +71,7 @@ def _map(axes: Axes, each: Measured, kept: Kept, *, last: bool) -> None:
         rows, cmap=colors, vmin=0, vmax=1, aspect="auto", interpolation="nearest",
         extent=(0, kept.tokens, len(rows), 0),
     )  # fmt: skip
-    _name(axes, each.spec, f"held {share(float(rows.mean()))} of the rows")
+    _name(axes, each.label, f"held {share(float(rows.mean()))} of the rows")
     edges = np.cumsum((0, *kept.heads))
     every = max(1, math.ceil(len(kept.heads) / 6))
     layers = range(0, len(kept.heads), every)

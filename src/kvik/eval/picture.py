@@ -98,7 +98,7 @@ def _mark(each: Measured) -> str:
 
 
 def _name(each: Measured) -> str:
-    return f"{each.spec}: 0" if each.kl == 0 else each.spec
+    return f"{each.label}: 0" if each.kl == 0 else each.label
 
 
 def _legend(axes: Axes, found: Evaluation) -> None:

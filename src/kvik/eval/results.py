@@ -199,10 +199,20 @@ class Document:
 
 @dataclass(frozen=True)
 class Measured:
-    """One spec, over all documents."""
+    """One spec, over all documents.
+
+    Attributes:
+        mark: of a model that is held against another: what was changed.
+    """
 
     spec: str
     documents: tuple[Document, ...]
+    mark: str = ""
+
+    @property
+    def label(self) -> str:
+        """What to call it in a table."""
+        return f"{self.spec}, {self.mark}" if self.mark else self.spec
 
     @cached_property
     def _kl(self) -> NDArray[np.float64]:
@@ -295,6 +305,7 @@ class Measured:
         held = self.held
         return {
             "spec": self.spec,
+            "mark": self.mark,
             "scored": self.scored,
             "kl": {
                 "mean": self.kl, "interval": self.kl_interval, "median": self.kl_at(0.5), "p99": self.kl_at(0.99),
@@ -332,7 +343,7 @@ class Evaluation:
 
     @property
     def full(self) -> Measured:
-        """The full cache in f32, which everything is held against."""
+        """The full cache in f32, which everything is held against: of the unchanged model, where one was changed."""
         return self.measured[0]
 
     @property
@@ -350,6 +361,6 @@ class Evaluation:
             "setup": asdict(self.setup),
             "environment": asdict(self.environment),
             "specs": [each.to_dict() for each in self.measured],
-            "frontier": [each.spec for each in self.frontier],
+            "frontier": [each.label for each in self.frontier],
             "needles": None if self.needles is None else self.needles.to_dict(),
         }

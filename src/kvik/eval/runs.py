@@ -44,6 +44,8 @@ def evaluate(
     documents: int = 8,
     protocol: Protocol = "prompt",
     needles: bool = False,
+    against: Model | None = None,
+    mark: str = "",
     ledger: Ledger | None = None,
     name: str = "",
     text: str = "the text",
@@ -58,6 +60,8 @@ def evaluate(
         specs: spec strings; the full cache is always measured too, and first.
         prefix, scored, documents, protocol: see `Setup`.
         needles: whether keys are hidden in long texts and asked for as well; needs a tokenizer.
+        against: whose full cache everything is held against, where the model is that one with something changed.
+        mark: what was changed.
         ledger: what is in it is not measured again.
         name: what to call the model; by default its own name.
         text: what to call the text.
@@ -70,16 +74,17 @@ def evaluate(
         ContextError, BudgetError: a document is too long for the model or the machine.
         StorageError: the ledger's file can't be written.
     """
-    setup = Setup(
-        name or model.config.name, model.fingerprint, model.weights, text, prefix, scored, documents, protocol
-    )
+    named = model.fingerprint if against is None else f"{model.fingerprint} against {against.fingerprint}"
+    setup = Setup(name or model.config.name, named, model.weights, text, prefix, scored, documents, protocol)
     model.check_context(prefix + scored)
     plans, cut = distinct(model, specs), setup.cut(ids)
     ledger = Ledger() if ledger is None else ledger
-    runs = _Runs(model, setup, plans, ledger, show, clock or clock_of(model.device))
+    every = plans if against is None else [against.spec(FULL), *plans]
+    runs = _Runs(model, against or model, setup, every, ledger, show, clock or clock_of(model.device))
     columns = [runs.document(number, tokens) for number, tokens in enumerate(cut)]
     measured = tuple(
-        Measured(str(spec), tuple(column[place] for column in columns)) for place, spec in enumerate(plans)
+        Measured(str(spec), tuple(column[place] for column in columns), mark if place else "")
+        for place, spec in enumerate(every)
     )
     found = ask_all(model, plans, ledger, show) if needles else None
     return Evaluation(setup, environment(model.device), measured, found)
@@ -89,9 +94,9 @@ class _Runs:
     """The model, what is measured, and how far it is."""
 
     def __init__(
-        self, model: Model, setup: Setup, specs: Sequence[Spec], ledger: Ledger, show: Show, clock: Clock
+        self, model: Model, full: Model, setup: Setup, specs: Sequence[Spec], ledger: Ledger, show: Show, clock: Clock
     ) -> None:
-        self.model, self.setup, self.specs, self.ledger = model, setup, specs, ledger
+        self.model, self.full, self.setup, self.specs, self.ledger = model, full, setup, specs, ledger
         self._show, self._clock = show, clock
 
     def document(self, number: int, tokens: Sequence[int]) -> list[Document]:
@@ -112,7 +117,7 @@ class _Runs:
     def _full(self, number: int, tokens: Sequence[int]) -> tuple[Reference, Document]:
         """Over full rows. What is held against itself differs by nothing."""
         parts: list[Tensor] = []
-        costs, kept = self._follow(number, tokens, FULL, lambda _, logits: parts.append(logits))
+        costs, kept = self._follow(self.full, number, tokens, FULL, lambda _, logits: parts.append(logits))
         targets = torch.tensor(tokens[self.setup.prefix + 1 :], device=self.model.device)
         reference = Reference(torch.cat(parts), targets)
         starts = [sum(map(len, parts[:place])) for place in range(len(parts))]
@@ -125,30 +130,32 @@ class _Runs:
         def take(start: int, logits: Tensor) -> None:
             compared.append(reference.compare(start, logits))
 
-        costs, kept = self._follow(number, tokens, kv, take)
+        costs, kept = self._follow(self.model, number, tokens, kv, take)
         return _document(compared, costs, kept)
 
-    def _follow(self, number: int, tokens: Sequence[int], kv: str, take: Take) -> tuple[Costs, Kept | None]:
+    def _follow(
+        self, model: Model, number: int, tokens: Sequence[int], kv: str, take: Take
+    ) -> tuple[Costs, Kept | None]:
         """Feeds a document; `take` gets (place among the scored, logits) of every chunk after the prefix."""
         prefix, rest = tokens[: self.setup.prefix], tokens[self.setup.prefix : -1]
-        cache, clock, peak = opened(self.model, kv, len(tokens)), self._clock, Peak()
+        cache, clock, peak = opened(model, kv, len(tokens)), self._clock, Peak()
         known = prefix if self.setup.protocol == "prompt" else ()
         started = clock()
         with cache.open(known) as sequence:
             size = len(prefix) if known else CHUNK
             for start in range(0, len(prefix), size):
-                prefill(self.model, [sequence], prefix[start : start + size], watch=peak.watch)
+                prefill(model, [sequence], prefix[start : start + size], watch=peak.watch)
             first = clock() - started
             held, share = sequence.nbytes, kept_share(sequence)
             kept = Kept.of(kept_rows(sequence)) if number == 0 else None
             seconds, at = [], 0
             for token in rest[:TIMED]:
                 began = clock()
-                (logits,) = forced(self.model, sequence, [token])
+                (logits,) = forced(model, sequence, [token])
                 seconds.append(clock() - began)
                 take(at, logits)
                 at += 1
-            for logits in forced(self.model, sequence, rest[TIMED:]):
+            for logits in forced(model, sequence, rest[TIMED:]):
                 take(at, logits)
                 at += len(logits)
         most, step = max(peak.allocated, held.allocated), statistics.median(seconds)

@@ -89,7 +89,7 @@ def _section(console: Console, caption: str, table: Table) -> None:
 
 def _rows(found: Sequence[Measured], table: Table, figures: Callable[[Measured], Sequence[str]]) -> Table:
     for each in found:
-        table.add_row(Text(each.spec), *figures(each))
+        table.add_row(Text(each.label), *figures(each))
     return table
 
 
@@ -142,7 +142,9 @@ def facts(found: Evaluation) -> Iterator[tuple[str, str]]:
     """How the figures came about: (about what, in a line or two)."""
     it = found.setup
     yield "text", f"{it.text}; each document's first {it.prefix:,} tokens were {HOW[it.protocol]}, the next scored"
-    yield "against", f"the same model over full rows in f32; {found.full.scored:,} predictions each"
+    changed = any(each.mark for each in found.measured)
+    model = "the model as its weights were trained" if changed else "the same model"
+    yield "against", f"{model}, over full rows in f32; {found.full.scored:,} predictions each"
     yield "times", f"of this run, weights in {it.weights}; 'kvik bench speed' takes them apart"
     if it.documents == 1:
         yield "interval", "one document says nothing about others; use more --documents"
@@ -150,6 +152,6 @@ def facts(found: Evaluation) -> Iterator[tuple[str, str]]:
     if idle:
         way = "use --protocol prompt, or a longer --prefix" if it.protocol == "stream" else "use a longer --prefix"
         yield "rows", f"none was dropped of this text by {', '.join(idle)}; {way}"
-    yield "frontier", "; ".join(f"‘{each.spec}’" for each in found.frontier) + ": no other has fewer bytes and less KL"
+    yield "frontier", "; ".join(f"‘{each.label}’" for each in found.frontier) + ": no other has fewer bytes and less KL"
     if found.needles is not None and found.needles.retained(found.full.spec) is None:
         yield "keys", "the full cache finds none, so nothing can be retained; use a model that follows questions"

@@ -64,6 +64,10 @@ class Config:
             "Llama's kin"
         )
 
+    def spare(self, name: str) -> bool:
+        """Whether a file may hold this tensor though the decoder has no use for it."""
+        return self.tied_embeddings and name == "lm_head.weight"
+
     def to_json(self) -> dict[str, object]:
         """The same as plain JSON types; what has its usual value is left out."""
         usual = {field.name: field.default for field in dataclasses.fields(self)}

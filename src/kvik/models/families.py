@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvik.models import gemma, gpt2, llama, opt, qwen
+from kvik.models import deepseek, gemma, gpt2, llama, opt, qwen
 from kvik.models.config import Config
 from kvik.models.decoder import Decoder
 from kvik.models.fields import Fields
@@ -39,6 +39,7 @@ FAMILIES = (
     Family(gpt2.GPT2Config, gpt2.read, gpt2.GPT2, ("gpt2",), gpt2.read_gguf, ("gpt2",)),
     Family(opt.OPTConfig, opt.read, opt.OPT, ("opt",)),
     Family(qwen.QwenConfig, qwen.read, qwen.Qwen, ("qwen2", "qwen3"), qwen.read_gguf, ("qwen2", "qwen3")),
+    Family(deepseek.DeepseekConfig, deepseek.read, deepseek.Deepseek, ("deepseek_v2", "deepseek_v3")),
     Family(gemma.GemmaConfig, gemma.read, gemma.Gemma, ("gemma2", "gemma3_text")),
 )
 _BY_NAME = {family.config.family: family for family in FAMILIES}

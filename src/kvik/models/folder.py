@@ -23,7 +23,7 @@ from kvik.models.fields import brief
 from kvik.models.weights import Weight, check, read_file, read_safetensors, safetensors_files
 from kvik.ops.grouped import GroupQuantized
 
-FORMAT = 1  # of a prepared folder
+FORMAT = 2  # of a prepared folder; 1 had other keys
 _WEIGHTS = "model.safetensors"
 _PARTS = ("codes", "scale", "zero")
 

@@ -235,7 +235,7 @@ class Llama:
     def __init__(self, config: LlamaConfig, source: Source) -> None:
         self.config = config
         self.layers = config.layer_shapes()
-        self.late = sharing.first_late(config.owners or range(config.layers))
+        self.late = sharing.first_late(self.layers)
         self.embedding = source.embedding("model.embed_tokens")
         self.blocks = [self.block(config, source, layer) for layer in range(config.layers)]
         self.norm = norm(config, source, "model.norm")

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvik.cache.cache import Cache
 from kvik.cache.prefix import digest
 from kvik.cache.sequence import Sequence as KVSequence
+from kvik.cache.sharing import first_late
 from kvik.cache.spec import Spec
 from kvik.cache.step import Step
 from kvik.errors import ContextError, UsageError
@@ -39,8 +40,10 @@ class Model:
         arithmetic: what computes products and rows: another gives other last bits.
         fingerprint: names the weights as they are held, and the arithmetic, for the cache's keys.
         nbytes: bytes of all weights as they are held.
-        row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers.
-        head_weights: weights that a row is multiplied with whose logits are wanted.
+        row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers, up to
+            the last that keeps rows.
+        head_weights: weights that a row is multiplied with whose logits are wanted: of the layers after it, and the
+            head.
     """
 
     def __init__(
@@ -72,9 +75,14 @@ class Model:
         self.tokenizer = tokenizer
         self.arithmetic = arithmetic(self.decoder, self.device)
         held = f"{self.weights}, {self.arithmetic}"
+        owners = tuple(layer.reads for layer in self.decoder.layers)
+        if any(owner is not None for owner in owners):
+            held += f", rows of {owners}"
         self.fingerprint = digest(file=fingerprint.encode(), held=held.encode()).hex()
         self.nbytes = nbytes(self.decoder)
-        self.row_weights, self.head_weights = multiplied(self.decoder.blocks), multiplied(self.decoder.head)
+        late = first_late(self.decoder.layers)
+        self.row_weights = multiplied(self.decoder.blocks[:late])
+        self.head_weights = multiplied(self.decoder.head) + multiplied(self.decoder.blocks[late:])
 
     def spec(self, kv: str = "bf16") -> Spec:
         """What a cache for this model keeps under a spec string; `tuned` is the one that `kvik tune` chose."""
@@ -185,6 +193,7 @@ def load(
     *,
     weights: Weights = "auto",
     device: str = "cpu",
+    share: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """Loads a model: `smollm2`, a safetensors folder, a GGUF file, or a hub id. The first time it may be prepared.
@@ -193,6 +202,8 @@ def load(
         model: name or path.
         weights: how linear weights are held; auto = as the file holds them.
         device: cpu or cuda.
+        share: layers read the rows of others: pairs, last-half or last:N (`cache/sharing.py`). It changes the model,
+            and its answers for the worse unless it was trained so; `kvik eval --share` measures how much.
         progress: called with (what happens now, steps done, steps in all) while a model is prepared.
 
     Raises:
@@ -206,9 +217,10 @@ def load(
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r}: use cpu or cuda")
     loaded = prepare.load(prepare.resolve(str(model), progress or prepare.quiet))
+    config = loaded.config if share is None else loaded.config.sharing(share)
     tokenizer = Tokenizer(loaded.tokenizer_folder)
     return Model(
-        loaded.config, loaded.tensors,
+        config, loaded.tensors,
         weights=weights, device=device, fingerprint=loaded.fingerprint, tokenizer=tokenizer,
     )  # fmt: skip
 

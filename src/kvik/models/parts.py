@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kvik.models.experts import Experts
 from kvik.models.rope import Rope
 from kvik.ops import pointwise
 from kvik.ops.grouped import GroupQuantized, dense, stack
@@ -80,6 +81,10 @@ class Source:
             weights = [dense(weight).t() for weight in weights]
         return Linear(stack(*weights), torch.cat(biases) if bias else None, self.format, self.device)
 
+    def held(self, weight: Tensor | GroupQuantized, fmt: Format | None = None) -> Linear:
+        """A product by a weight [out, in] that is no tensor of its own, or has a format of its own."""
+        return Linear(weight, None, fmt or self.format, self.device)
+
     def embedding(self, name: str) -> Linear:
         """A table that may also be the head: int4 is too coarse for it, int8 is used instead."""
         fmt: Format = "int8" if self.format == "int4" else self.format
@@ -97,10 +102,17 @@ def arithmetic(item: object, device: torch.device) -> str:
     return ", ".join([*sorted(products), pointwise.arithmetic(device)])
 
 
+def products(item: object) -> int:
+    """How many linear products lie under an object, each counted once."""
+    return sum(1 for _ in _under(item, Linear, set()))
+
+
 def multiplied(item: object) -> int:
-    """Weights of all linear products under an object: a row that passes through all of them costs twice as many
-    floating-point operations."""
-    return sum(linear.outputs * linear.inputs for linear in _under(item, Linear, set()))
+    """Weights of the linear products under an object that a row passes: it costs twice as many floating-point
+    operations. Of experts a row passes those that it takes."""
+    every = sum(linear.outputs * linear.inputs for linear in _under(item, Linear, set()))
+    idle = [(each, len(each.experts) - each.router.used) for each in _under(item, Experts, set())]
+    return every - sum(count * multiplied(each.experts[0]) for each, count in idle)
 
 
 def _under(item: object, kind: type[T], seen: set[int]) -> Iterator[T]:

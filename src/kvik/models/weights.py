@@ -106,15 +106,14 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check(tensors: Mapping[str, Weight], config: Config) -> dict[str, Weight]:
-    """The tensors that the config asks for, no more and no fewer; a tied model's own lm_head.weight is left out.
+    """The tensors that the config asks for, no more and no fewer; those that it can spare are left out.
 
     Raises:
         WeightsError: tensors are missing, extra or mis-shaped; names the first few and says how many.
     """
     shapes = config.tensor_shapes()
-    spare = {"lm_head.weight"} if config.tied_embeddings else set()
     missing = [name for name in shapes if name not in tensors]
-    extra = [name for name in tensors if name not in shapes and name not in spare]
+    extra = [name for name in tensors if name not in shapes and not config.spare(name)]
     wrong = [
         f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
         for name, shape in shapes.items()

@@ -164,7 +164,7 @@ def turn(x: Tensor, angles: Tensor) -> Tensor:
     """
     module = native()
     tokens, heads, width = x.shape
-    within = x.stride(2) == 1 and x.stride(1) == width
+    within = x.stride(2) == 1 and (x.stride(1) == width or heads == 1)
     if module is None or not x.is_cpu or x.requires_grad or not within:
         return torch.view_as_real(torch.view_as_complex(torch.unflatten(x, -1, (-1, 2))) * angles).flatten(-2)
     assert x.dtype == torch.float32 and angles.is_contiguous() and angles.shape == (tokens, 1, width // 2)

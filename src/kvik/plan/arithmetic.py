@@ -19,6 +19,7 @@ from kvik.errors import UsageError
 from kvik.plan.find import lookup
 from kvik.plan.formula import Term, reasons, term, textbook
 from kvik.plan.shapes import ModelShape
+from kvik.plan.share import sharing
 from kvik.plan.wellknown import known_models
 from kvik.units import parse_bytes
 
@@ -296,6 +297,7 @@ def run_plan(
     kv: str = "f16",
     weights: str | None = None,
     memory: str | None = None,
+    share: str | None = None,
 ) -> Plan:
     """What `kvik plan` prints.
 
@@ -306,6 +308,7 @@ def run_plan(
         kv: a spec string.
         weights: `f32`, `bf16`, `f16`, `int8` or `int4`; default: as the model comes.
         memory: a size such as `8GiB`.
+        share: layers read the rows of others, by a rule of `cache/sharing.py`.
 
     Raises:
         UsageError: a number or size that can't be.
@@ -314,7 +317,8 @@ def run_plan(
         StorageError: a file or hub that can't be read.
     """
     room = None if memory is None else parse_bytes(memory, "--memory")
-    return make_plan(lookup(model), kv=kv, context=context, batch=batch, weights=weights, memory=room)
+    shape = lookup(model) if share is None else sharing(lookup(model), share)
+    return make_plan(shape, kv=kv, context=context, batch=batch, weights=weights, memory=room)
 
 
 def list_plans(kv: str = "f16", weights: str | None = None) -> list[Plan]:

@@ -103,6 +103,8 @@ def _from_gguf(path: Path) -> ModelShape:
         }
         parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
         stored = sum(int(tensor.n_bytes) for tensor in reader.tensors)
+        keys = [tensor for tensor in reader.tensors if re.match(r"blk\.0\.attn_(k|v|k_norm)\.", tensor.name)]
+        kv_parameters = sum(int(tensor.n_elements) for tensor in keys) or None
     except OSError as error:
         raise StorageError(f"{path} can't be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged file makes the reader fail anywhere
@@ -117,4 +119,5 @@ def _from_gguf(path: Path) -> ModelShape:
     window = fields.get(f"{family}.attention.sliding_window") or None
     turned = None if family == "gpt2" else ()
     layers = tuple(replace(layer, window=window, frequencies=turned) for layer in shape.layers)
-    return replace(shape, family=family, layers=layers, parameters=parameters, stored=stored, notes=())
+    known = replace(shape, family=family, layers=layers, notes=())
+    return replace(known, parameters=parameters, stored=stored, kv_parameters=kv_parameters)

@@ -58,10 +58,13 @@ def reasons(shape: ModelShape, spec: Spec, tokens: int) -> Iterator[str]:
         wide = shape.query_heads * shape.head_dim
         if wide != shape.d_model:
             yield f"{shape.query_heads} heads of {shape.head_dim} are {wide:,} wide, d_model is {shape.d_model:,}"
-    windows = Counter(layer.window for layer in shape.layers if layer.window is not None and layer.window < tokens)
+    keeping = [layer for layer in shape.layers if layer.reads is None]
+    if len(keeping) < len(shape.layers):
+        yield f"{len(shape.layers) - len(keeping)} of {len(shape.layers)} layers read the rows of others"
+    windows = Counter(layer.window for layer in keeping if layer.window is not None and layer.window < tokens)
     for window, count in windows.items():
         yield f"{count} of {len(shape.layers)} layers see the last {window:,} tokens alone"
-    own = sum(layer.heads * min(tokens, layer.window or tokens) for layer in shape.layers)
+    own = sum(layer.heads * min(tokens, layer.window or tokens) for layer in keeping)
     if sum(len(g.lanes) * g.retention.rows(tokens) for g in spec.groups) < own:
         yield f"the spec {spec} keeps fewer rows than the model sees"
 

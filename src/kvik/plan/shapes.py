@@ -13,9 +13,7 @@ from typing import Any
 from kvik.cache.spec import LayerShape
 from kvik.errors import ConfigError
 
-ENCODER_ONLY = (
-    "it reads the whole text at once; every token sees later ones, so nothing computed for a prefix stays valid"
-)
+ENCODER_ONLY = "every token sees later ones, so nothing computed for a prefix stays valid"
 _DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _LARGEST = 10**9  # no width, vocabulary or context of any model comes near it; nor do its layers and heads to 10,000
 
@@ -38,6 +36,8 @@ class ModelShape:
         weights: number format that the weights come in (`f32`, `f16`, `bf16`).
         stored: bytes of the weights as a file holds them, where a file was read.
         notes: what the reader should know about the numbers.
+        kv_parameters: of a layer's projections to k and v, which a layer that reads another's rows lacks; None = no
+            layer of the family can (`plan/share.py`).
     """
 
     name: str
@@ -53,6 +53,7 @@ class ModelShape:
     weights: str = "f16"
     stored: int | None = None
     notes: tuple[str, ...] = ()
+    kv_parameters: int | None = None
 
 
 class _Config:
@@ -128,9 +129,8 @@ def from_config(config: Mapping[str, Any], name: str | None = None) -> ModelShap
     else:
         shape = FAMILIES.get(family, _unknown)(_Config(config, model_type=family))
     if sum(layer.heads for layer in shape.layers) > 1_000_000:
-        raise ConfigError(
-            f"config: {len(shape.layers)} layers of {shape.layers[0].heads} heads are more than any model has"
-        )
+        each = shape.layers[0].heads
+        raise ConfigError(f"config: {len(shape.layers)} layers of {each} heads are more than any model has")
     own = config.get("_name_or_path")
     return replace(shape, name=name or (own if isinstance(own, str) and own else family))
 
@@ -155,15 +155,18 @@ def _decoder(
     notes: tuple[str, ...] = (),
     *,
     turned: bool = True,
+    kv_bias: bool | None = None,
+    k_norm: bool = False,
 ) -> ModelShape:
-    heads, shared, width = c.heads()
+    (heads, shared, width), d = c.heads(), c("hidden_size", "n_embd", "d_model")
     family = str(c.raw["model_type"])
     return ModelShape(
         name=family,
         family=family,
         parameters=parameters,
         layers=tuple(kv(shared, width, window, turned) for window in windows),
-        d_model=c("hidden_size", "n_embd", "d_model"),
+        kv_parameters=None if kv_bias is None else 2 * shared * width * (d + kv_bias) + k_norm * width,
+        d_model=d,
         query_heads=heads,
         head_dim=width,
         context=c.maybe("max_position_embeddings", "n_positions", "n_ctx", "seq_length"),
@@ -188,14 +191,15 @@ def _gated(
 
 def _llama(c: _Config) -> ModelShape:
     bias = c.flag("attention_bias")
-    return _decoder(c, _gated(c, qkv_bias=bias, o_bias=bias), [None] * c("num_hidden_layers"))
+    return _decoder(c, _gated(c, qkv_bias=bias, o_bias=bias), [None] * c("num_hidden_layers"), kv_bias=bias)
 
 
 def _mistral(c: _Config) -> ModelShape:
     mixtral = c.raw["model_type"] == "mixtral"
     c = _Config(c.raw, num_key_value_heads=8, sliding_window=None if mixtral else 4096)
     experts = c("num_local_experts") if mixtral else 0
-    return _decoder(c, _gated(c, experts=experts), [c.maybe("sliding_window")] * c("num_hidden_layers"))
+    windows, bias = [c.maybe("sliding_window")] * c("num_hidden_layers"), None if mixtral else False
+    return _decoder(c, _gated(c, experts=experts), windows, kv_bias=bias)
 
 
 def _phi3(c: _Config) -> ModelShape:
@@ -208,7 +212,8 @@ def _qwen(c: _Config) -> ModelShape:
     windowed = c.flag("use_sliding_window") and c.maybe("sliding_window") is not None
     bias = c.flag("attention_bias") if third else True
     windows = _windows(c, c("num_hidden_layers"), lambda i: windowed and i >= c("max_window_layers", least=0))
-    return _decoder(c, _gated(c, qkv_bias=bias, o_bias=bias and third, qk_norm=third), windows)
+    parameters = _gated(c, qkv_bias=bias, o_bias=bias and third, qk_norm=third)
+    return _decoder(c, parameters, windows, kv_bias=bias, k_norm=third)
 
 
 def _gemma(c: _Config) -> ModelShape:
@@ -217,8 +222,9 @@ def _gemma(c: _Config) -> ModelShape:
     pattern = c("sliding_window_pattern", "_sliding_window_pattern")
     windows = _windows(c, c("num_hidden_layers"), lambda i: (i + 1) % pattern != 0)
     bias = c.flag("attention_bias")
-    norms = 2 if generation == 1 else 4
-    return _decoder(c, _gated(c, qkv_bias=bias, o_bias=bias, qk_norm=generation == 3, norms=norms), windows)
+    third, norms = generation == 3, 2 if generation == 1 else 4
+    parameters = _gated(c, qkv_bias=bias, o_bias=bias, qk_norm=third, norms=norms)
+    return _decoder(c, parameters, windows, kv_bias=None if generation == 1 else bias, k_norm=third)
 
 
 # Files of Gemma leave out what equals the library's defaults, so the defaults belong to the format.
@@ -261,11 +267,8 @@ def _opt(c: _Config) -> ModelShape:
 
 def _falcon(c: _Config) -> ModelShape:
     c = _Config(c.raw, multi_query=True, parallel_attn=True, tie_word_embeddings=True)
-    d, layers, heads = (
-        c("hidden_size", "n_embed"),
-        c("num_hidden_layers", "n_layer"),
-        c("num_attention_heads", "n_head"),
-    )
+    d, layers = c("hidden_size", "n_embed"), c("num_hidden_layers", "n_layer")
+    heads = c("num_attention_heads", "n_head")
     new = c.flag("new_decoder_architecture")
     shared = (c.maybe("num_kv_heads", "n_head_kv") or heads) if new else 1 if c.flag("multi_query") else heads
     ff, bias = c.maybe("ffn_hidden_size") or 4 * d, c.flag("bias")
@@ -273,9 +276,9 @@ def _falcon(c: _Config) -> ModelShape:
     two_norms = (c.maybe("num_ln_in_parallel_attn") or 2) == 2 if new else not c.flag("parallel_attn")
     layer = d * qkv + d * d + 2 * d * ff + bias * (qkv + 2 * d + ff) + (4 if two_norms else 2) * d
     tied = 1 if c.flag("tie_word_embeddings") else 2
-    known = {"hidden_size": d, "num_attention_heads": heads, "num_key_value_heads": shared}
+    known = _Config({**c.raw, "hidden_size": d, "num_attention_heads": heads, "num_key_value_heads": shared})
     parameters = layers * layer + 2 * d + tied * c("vocab_size") * d
-    return _decoder(_Config({**c.raw, **known}), parameters, [None] * layers, turned=not c.flag("alibi"))
+    return _decoder(known, parameters, [None] * layers, turned=not c.flag("alibi"))
 
 
 def _deepseek(c: _Config) -> ModelShape:
@@ -363,14 +366,12 @@ def _bert(c: _Config) -> ModelShape:
 def _unknown(c: _Config) -> ModelShape:
     family = c.raw["model_type"]
     if c.flag("is_encoder_decoder"):
-        raise ConfigError(
-            f"family {family} is not known to kvik, and what its decoder keeps of the encoder can't be guessed"
-        )
+        unknown = "and what its decoder keeps of the encoder can't be guessed"
+        raise ConfigError(f"family {family} is not known to kvik, {unknown}")
     if str(c.raw.get("architectures")).rstrip("']").endswith("ForMaskedLM") and not c.flag("is_decoder"):
         return _decoder(c, None, [], (f"no cache: {ENCODER_ONLY}", "parameters unknown"))
     note = f"family {family} is not known to kvik; assumed plain attention; parameters unknown"
-    layers = c("num_hidden_layers", "n_layer", "num_layers")
-    windows = _windows(c, layers, lambda _: False)
+    windows = _windows(c, c("num_hidden_layers", "n_layer", "num_layers"), lambda _: False)
     return _decoder(c, None, windows, (note,))
 
 

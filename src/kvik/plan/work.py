@@ -8,11 +8,15 @@ weights read                n times            n times
 
 (full attention; a window w puts min(length, w) for the length.) A step without a cache is a step whose chunk is the
 whole text: one function counts both.
+
+A layer that reads the rows of another (`cache/sharing.py`) computes none, and reads them as if they were its own. The
+last layer that keeps rows is the last that all tokens pass; then only those whose logits are wanted: one a sequence.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
@@ -34,7 +38,7 @@ class Work:
         products: floating-point operations of projections, feed-forward parts and the head.
         attention: floating-point operations of scores and of mixing values.
         weights_read: bytes of weights.
-        rows_read: bytes of stored rows, scales included, each row once a step.
+        rows_read: bytes of stored rows, scales included, each row once a step and layer that reads it.
     """
 
     rows: int = 0
@@ -66,8 +70,8 @@ class Arithmetic:
         spec: what the cache keeps.
         plain: the same with nothing compressed and the model's own windows: what a step without a cache goes through.
         shared: query heads that read one lane.
-        row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers.
-        head_weights: weights that a row is multiplied with whose logits are wanted.
+        row_weights: weights that every row is multiplied with; see `Model`.
+        head_weights: weights that a row is multiplied with whose logits are wanted; see `Model`.
         weight_bytes: of all of them as they are held.
     """
 
@@ -98,12 +102,12 @@ class Arithmetic:
         chunk = chunk if cached else tokens
         rows = pairs = attention = read = 0
         for group in spec.groups:
-            lanes = len(group.lanes)
-            mine = lanes * self.shared * (_seen(group.retention, tokens) - _seen(group.retention, tokens - chunk))
-            rows += lanes * chunk
-            pairs += mine
-            attention += 2 * mine * sum(stream.width for stream in group.layout.streams)
-            read += lanes * _read(group, tokens, chunk) * group.layout.row_bytes
+            rows += len(group.lanes) * chunk
+            for lanes, queries in zip(_readings(spec, group), (chunk, 1), strict=True):
+                mine = lanes * self.shared * (_seen(group.retention, tokens) - _seen(group.retention, tokens - queries))
+                pairs += mine
+                attention += 2 * mine * (sum(key.width for key in group.layout.keys) + group.layout.value.width)
+                read += lanes * _read(group, tokens, queries) * group.layout.row_bytes
         products = 2 * (chunk * self.row_weights + self.head_weights)
         return Work(batch * rows, batch * pairs, batch * products, batch * attention, self.weight_bytes, batch * read)
 
@@ -132,6 +136,14 @@ class Arithmetic:
             if high > 1 << 40:
                 return None
         return bisect_left(range(1, high + 1), True, key=lambda tokens: reached(self.step(tokens))) + 1
+
+
+def _readings(spec: Spec, group: Group) -> tuple[int, int]:
+    """How often a group's lanes are read: by layers that all tokens pass, and by those that only wanted ones do."""
+    late = max(layer for layer, owner in enumerate(spec.readers) if layer == owner)
+    lanes = Counter(layer for layer, _ in group.lanes)
+    early = sum(lanes[owner] for owner in spec.readers[: late + 1])
+    return early, sum(lanes[owner] for owner in spec.readers[late + 1 :])
 
 
 def _seen(retention: Retention, tokens: int) -> int:

@@ -84,8 +84,10 @@ class Asked:
 
 
 def grouped(spec: Spec) -> dict[tuple[int, int], Group]:
-    """What is kept, and which rows of it, by (layer, lane)."""
-    return {lane: group for group in spec.groups for lane in group.lanes}
+    """What each layer reads, and which rows of it, by (layer, lane)."""
+    kept = {lane: group for group in spec.groups for lane in group.lanes}
+    read = [(layer, lane) for layer, owner in enumerate(spec.readers) for lane in kept if lane[0] == owner]
+    return {(layer, head): kept[owner, head] for layer, (owner, head) in read}
 
 
 def retained(spec: Spec) -> dict[tuple[int, int], Retention]:
@@ -109,6 +111,7 @@ class Tally:
             keep: layers whose attention is kept.
         """
         self.groups = grouped(spec)
+        self.readers = spec.readers
         layers, lanes = (max(numbers) + 1 for numbers in zip(*self.groups, strict=True))
         self.keep = frozenset(keep)
         self.asked: dict[int, Asked] = {}
@@ -138,7 +141,7 @@ class Tally:
         """Queries of so many heads were asked at these positions; `seen` is the step's, to count each mask once."""
         lanes = [lane for at, lane in self.groups if at == layer]
         shared = heads // len(lanes)
-        asking, held = np.array(positions)[:, None], np.array(self._held[layer])[None, :]
+        asking, held = np.array(positions)[:, None], np.array(self._held[self.readers[layer]])[None, :]
         for lane in lanes:
             kept = self.groups[layer, lane].retention
             if kept not in seen:
@@ -153,6 +156,9 @@ class Observer(Watch):
         super().__init__(step)
         self.tally = tally
         self._seen: dict[Retention, int] = {}
+
+    def only(self, rows: Sequence[int]) -> None:
+        """Never: every token is looked at."""
 
     def append(self, layer: int, **streams: Tensor) -> None:
         """Counts one layer's new rows and passes them on."""
