@@ -82,7 +82,7 @@ FAMILIES = {
     "gemma2": lambda: gemma(2, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
     "gemma3": lambda: gemma(3),
     "gemma3, scaled ropes, capped logits": lambda: gemma(3, rope_parameters=ROPES, final_logit_softcapping=2.0),
-    "deepseek2": lambda: deepseek(2, topk_method="group_limited_greedy", routed_scaling_factor=1.5),
+    "deepseek2": lambda: deepseek(2, topk_method="group_limited_greedy", topk_group=1, routed_scaling_factor=1.5),
     "deepseek2, plain queries, any group, biases": lambda: deepseek(2, q_lora_rank=None, attention_bias=True),
     "deepseek3": lambda: deepseek(3),
     "deepseek3, yarn": lambda: deepseek(3, rope_parameters=DEEPSEEK_YARN, norm_topk_prob=False, q_lora_rank=None),
