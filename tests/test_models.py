@@ -184,19 +184,18 @@ def latent():
 
 @pytest.mark.parametrize(
     ("kv", "most"),
-    [("bf16", 0.05), ("f16", 0.01), ("int8", 0.1), ("int8-rot", 0.1), ("int4", 1.5), ("int4-plain", 1.5),
-     ("int4-row", 1.5), ("latent:int4,rope:bf16", 1.5)],
+    [("bf16", 1e-5), ("f16", 1e-6), ("int8", 1e-4), ("int8-rot", 1e-4), ("int4", 2e-2), ("int4-plain", 2e-2),
+     ("int4-row", 2e-2), ("latent:int4,rope:bf16", 2e-2)],
 )  # fmt: skip
-def test_every_codec_works_on_a_latent(latent, kv, most):
-    """Against f32 rows, whose logits have a spread of 0.8; the KL of 4-bit rows tells them from noise."""
-    ids = tokens(120)
-    exact = _all_logits(latent, ids)
-    with latent.cache(kv, memory=8 << 20).open() as sequence:
-        found = latent.run([(sequence, ids)], every=True)
-        assert sequence.nbytes.payload == latent.spec(kv).nbytes(120).payload
-    assert 0 < (found - exact).abs().max() < most
-    p, q = exact.log_softmax(-1), found.log_softmax(-1)
-    assert (p.exp() * (p - q)).sum(-1).mean() < most / 10
+def test_every_codec_works_on_a_latent(kv, most):
+    """Mean KL from f32 rows. Without experts: the smallest difference may make a token choose another."""
+    model, ids = ours(drawn(lambda: deepseek(3, first_k_dense_replace=3))), tokens(120)
+    exact = _all_logits(model, ids)
+    with model.cache(kv, memory=8 << 20).open() as sequence:
+        found = model.run([(sequence, ids)], every=True)
+        assert sequence.nbytes.payload == model.spec(kv).nbytes(120).payload
+    p, q = exact.double().log_softmax(-1), found.double().log_softmax(-1)
+    assert 0 < (p.exp() * (p - q)).sum(-1).mean() < most
 
 
 @pytest.mark.parametrize("method", sorted(METHODS.methods))

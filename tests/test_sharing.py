@@ -174,8 +174,15 @@ def test_tokens_whose_logits_nobody_wants_stop_early_and_no_bit_changes(rule, kv
         for layer in range(LAYERS):
             rows = [each.read(layer) for each in (one, other)]
             assert all(torch.equal(rows[0][name], rows[1][name]) for name in "kv")
-    with every.append([1]) as step, pytest.raises(SequenceError, match="all of the step's tokens must pass"):
-        step.only([0]).append(0, k=torch.zeros(1, 2, 16), v=torch.zeros(1, 2, 16))
+
+
+def test_a_layer_that_keeps_rows_cannot_be_left_out():
+    model = ours(made()[0], share="pairs")
+    rows, sequence = torch.zeros(1, 2, 16), model.cache("f32").open()
+    with pytest.raises(SequenceError, match="all of the step's tokens must pass"), sequence.append([1, 2]) as step:
+        step.only([1]).append(0, k=rows, v=rows)
+    with pytest.raises(SequenceError, match="before it appended"), sequence.append([1, 2]) as step:
+        step.only([1]).only([0]).attend(1, torch.zeros(1, 4, 16), scale=1.0)
 
 
 class Passing(Watch):

@@ -37,7 +37,8 @@ def gpt2():
 
 
 def opt(**changes):
-    return tiny("OPT", **{"ffn_dim": 112, "word_embed_proj_dim": None, **changes})
+    sizes = dict(vocab_size=VOCAB, hidden_size=64, ffn_dim=112, num_hidden_layers=3, num_attention_heads=4)
+    return hf.OPTForCausalLM(hf.OPTConfig(**{**sizes, "max_position_embeddings": 512, "pad_token_id": 1, **changes}))
 
 
 def gemma(generation, **changes):
