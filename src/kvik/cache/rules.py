@@ -94,6 +94,11 @@ class Rule:
         if policy is not None and policy.pages is not None and "k" not in dict(shape.streams):
             have = " and ".join(n for n, _ in shape.streams)
             raise SpecError(f"{policy}: this model keeps {have}, no keys to choose pages by; use another method")
+        if policy is not None and shape.biased and policy.needs & (Needs.QUERIES | Needs.PAGES):
+            raise SpecError(
+                f"{policy}: it weighs rows by queries and keys alone, and distance adds to this model's scores, which "
+                "it would not see; use 'h2o' or 'observed', which add up attention itself, or a method of keys"
+            )
         own, asked = shape.window, self.retention.window
         if own is None or (asked is not None and asked < own):
             return self.retention

@@ -71,9 +71,9 @@ def run(
         raise UsageError("--kv none keeps no cache, so --memory has nothing to bound; leave one of the two out")
     text = stdin().read() if prompt == "-" else prompt
     loaded = load_model(model, weights, device)
-    from kvik.engine.generation import Generation, Request, encode_prompt
+    from kvik.engine.generation import Generation, ask, opened
 
-    request = Request(encode_prompt(loaded, text, raw=raw), max_tokens, tuple(stop or ()), sampling)
+    request = ask(loaded, text, raw=raw, max_tokens=max_tokens, stop=tuple(stop or ()), sampling=sampling)
     if kv == "none":
         generation = Generation(loaded, request, None)
         spec = None
@@ -81,7 +81,7 @@ def run(
     else:
         spec = loaded.spec(kv)
         cache = loaded.cache(kv, memory=room, shares=False)
-        with cache.open() as sequence:
+        with opened(loaded, cache, request) as sequence:
             generation = Generation(loaded, request, sequence)
             _answer(generation, quiet=as_json)
             generation.nbytes = cache.nbytes  # one sequence owns it all: slabs and all
@@ -148,11 +148,12 @@ def _answer(generation: Generation, *, quiet: bool) -> None:
 
 
 def _facts(model: Model, generation: Generation, spec: Spec | None, kept: int) -> dict[str, object]:
-    held = generation.nbytes
+    held, source = generation.nbytes, len(generation.request.source or ())
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
         "prompt_tokens": len(generation.request.prompt),
+        "source_tokens": source,
         "cached_tokens": generation.cached_tokens,
         "new_tokens": len(generation.token_ids),
         "finish_reason": generation.finish_reason,
@@ -161,7 +162,7 @@ def _facts(model: Model, generation: Generation, spec: Spec | None, kept: int) -
         "tokens_per_s": round(generation.tokens_per_s, 2),
         "kv_tokens": kept,
         "kv_bytes": held.payload,
-        "kv_bytes_formula": 0 if spec is None else spec.nbytes(kept).payload,
+        "kv_bytes_formula": 0 if spec is None else spec.nbytes(kept, source=source).payload,
         "kv_overhead_bytes": held.overhead,
         "kv_allocated_bytes": held.allocated,
         "spec": "none" if spec is None else str(spec),
@@ -176,15 +177,18 @@ def _show_facts(facts: dict[str, Any], model: Model, spec: Spec | None) -> None:
     from kvik.units import format_bytes
 
     console = stderr()
+    source, begun = facts["source_tokens"], facts["prompt_tokens"]
+    read = f"{source} source" if source else f"{begun} prompt"
     lines = [
-        f"{facts['prompt_tokens']} prompt + {facts['new_tokens']} new tokens ({facts['finish_reason']}) · "
+        f"{read} + {facts['new_tokens']} new tokens ({facts['finish_reason']}) · "
         f"first after {facts['ttft_s']:.2f} s · then {facts['tokens_per_s']:.1f} tokens/s"
     ]
     if spec is None:
         lines.append("cache none: every step computed every token's keys and values again")
     else:
+        rows = f"{facts['kv_tokens']} tokens" + (f", {source} rows of the source" if source else "")
         lines.append(
-            f"cache {spec}: {facts['kv_bytes']:,} B payload ({facts['kv_tokens']} tokens) "
+            f"cache {spec}: {facts['kv_bytes']:,} B payload ({rows}) "
             f"+ {facts['kv_overhead_bytes']:,} B overhead "
             f"= {facts['kv_allocated_bytes']:,} B"
         )

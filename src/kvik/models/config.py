@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 from kvik.errors import ConfigError
+from kvik.models.constraints import Constraints
 from kvik.models.fields import Fields
 from kvik.models.rope import Kind, Rope
 
@@ -55,6 +56,23 @@ class Config:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's canonical name and shape: those of transformers' own files for the family."""
         raise NotImplementedError
+
+    def other_names(self) -> dict[str, tuple[str, ...]]:
+        """For tensors that files may hold under other names as well, or instead: those names."""
+        return {}
+
+    def spare_tensors(self) -> tuple[str, ...]:
+        """Names that files may hold and that nothing depends on."""
+        return ("lm_head.weight",) if self.tied_embeddings else ()
+
+    def optional_tensors(self) -> tuple[str, ...]:
+        """Names of `tensor_shapes` that files may leave out: they are zero then."""
+        return ()
+
+    @property
+    def most_positions(self) -> int:
+        """Tokens of a text at the most: where nothing else limits them, those that it was made for."""
+        return self.max_positions
 
     def to_json(self) -> dict[str, object]:
         """The same as plain JSON types."""
@@ -138,6 +156,9 @@ def _of_type(fields: Fields, name: str, hint: Any) -> object:
         (hint,) = (each for each in typing.get_args(hint) if each is not type(None))
     if hint is Rope:
         return _rope(fields.values[name])
+    if hint is Constraints:
+        values = fields.values[name]
+        return Constraints.from_json(values) if isinstance(values, dict) else fields.fail(name, "must be an object")
     if hint is int:
         return fields.integer(name, least=0)
     if hint is float:

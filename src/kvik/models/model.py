@@ -19,6 +19,7 @@ from kvik.models import families
 from kvik.models.config import Config
 from kvik.models.decoder import Reader
 from kvik.models.parts import Source, arithmetic, multiplied, nbytes
+from kvik.models.reading import ReaderConfig
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.watch import Chunk
 from kvik.ops.grouped import GroupQuantized
@@ -33,7 +34,7 @@ class Model:
     Attributes:
         config: its sizes.
         decoder: the network.
-        reader: the same where it also reads a source; else None.
+        reader, reading: the same and its sizes where it also reads a source; else None.
         tokenizer: None where the folder has none and none is needed.
         weights: how linear weights are held.
         arithmetic: what computes products and rows: another gives other last bits.
@@ -67,8 +68,8 @@ class Model:
             self.weights = "bf16"
         with torch.inference_mode():
             self.decoder = families.build(config, Source(tensors, self.weights, self.device))
-        reads = any(layer.source for layer in self.decoder.layers)
-        self.reader = cast(Reader, self.decoder) if reads else None
+        self.reading = config if isinstance(config, ReaderConfig) else None
+        self.reader = None if self.reading is None else cast(Reader, self.decoder)
         self.tokenizer = tokenizer
         self.arithmetic = arithmetic(self.decoder, self.device)
         held = f"{self.weights}, {self.arithmetic}"
@@ -103,15 +104,22 @@ class Model:
             Its digest, for `Cache.open`.
 
         Raises:
-            UsageError: the model reads no source, or ids are out of range.
+            UsageError: the model reads no source, it is empty, or ids are out of range.
+            ContextError: it is longer than the encoder's positions.
             BudgetError: the cache has no room for its rows; nothing changed.
         """
-        if self.reader is None:
+        if self.reader is None or self.reading is None:
             raise UsageError(f"{self.config.name} reads no source beside its text; open a sequence without one")
         given = source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
-        if given.dtype == torch.int64 and not ((given >= 0) & (given < self.config.vocab_size)).all():
-            raise UsageError(
-                f"token ids must be 0 to {self.config.vocab_size - 1}; got {int(given.min())} to {int(given.max())}"
+        if not len(given):
+            raise UsageError("the source is empty; give at least one token")
+        known, most = self.reading.source_vocab, self.reading.source_positions
+        if given.dtype == torch.int64 and not ((given >= 0) & (given < known)).all():
+            raise UsageError(f"token ids must be 0 to {known - 1}; got {int(given.min())} to {int(given.max())}")
+        if most is not None and len(given) > most:
+            raise ContextError(
+                f"a source of {len(given):,} tokens is longer than the {most:,} positions of {self.config.name}'s "
+                "encoder; shorten it or give it in parts"
             )
         data = given.detach().cpu().contiguous()
         name = digest(kind=f"{data.dtype} {tuple(data.shape)}".encode(), data=data.numpy().tobytes())
@@ -157,7 +165,7 @@ class Model:
 
     def longest(self, spec: Spec | None = None) -> int:
         """The most tokens that a text can have under a spec; None = where all rows stay. See `Spec.longest`."""
-        positions = self.config.max_positions
+        positions = self.config.most_positions
         return positions if spec is None else spec.longest(positions)
 
     def check_context(self, tokens: int, spec: Spec | None = None) -> None:
