@@ -92,8 +92,12 @@ def progress() -> Iterator[Show]:
         yield show
 
 
-def load_model(model: str, weights: str, device: str) -> Model:
-    """Loads with a progress bar where there is something to prepare. Says so if the kernels were not built."""
+def load_model(model: str, weights: str, device: str, *, reads: bool = False) -> Model:
+    """Loads with a progress bar where there is something to prepare. Says so if the kernels were not built.
+
+    Args:
+        reads: whether the command knows models that read a source beside their text.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(
@@ -112,6 +116,10 @@ def load_model(model: str, weights: str, device: str) -> Model:
         from kvik.models.model import load
 
         loaded = load(model, weights=weights, device=device, progress=show)  # type: ignore[arg-type]
+    if loaded.reading is not None and not reads:
+        raise UsageError(
+            f"{loaded.config.name} answers a source and continues no text; this command can't, use kvik run"
+        )
     if device == "cpu":
         _tell_of_missing_kernels()
     return loaded

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 
 @app.command()
 def run(
-    prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads it from standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to say to the model, or to translate; - reads it from standard input.")
+    ],
     model: ModelOption = "smollm2",
     kv: Annotated[
         str,
@@ -70,7 +72,7 @@ def run(
     if kv == "none" and memory is not None:
         raise UsageError("--kv none keeps no cache, so --memory has nothing to bound; leave one of the two out")
     text = stdin().read() if prompt == "-" else prompt
-    loaded = load_model(model, weights, device)
+    loaded = load_model(model, weights, device, reads=True)
     from kvik.engine.generation import Generation, ask, opened
 
     request = ask(loaded, text, raw=raw, max_tokens=max_tokens, stop=tuple(stop or ()), sampling=sampling)
