@@ -17,6 +17,9 @@ def plan(
         str | None, typer.Argument(help="A well-known name (see --list), a config.json, a .gguf file, or a hub id.")
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens a sequence; by default the model's own context.")] = None,
+    source: Annotated[
+        int | None, typer.Option(help="Rows of the source that each reads, of a model that reads one.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     kv: Annotated[
         str, typer.Option("--kv", help="What the cache keeps: f16, int8, k8v4, int4+window:1024,sinks:4 …")
@@ -36,15 +39,15 @@ def plan(
     if show_list == (model is not None):
         raise UsageError("plan: name one model, such as 'kvik plan smollm2', or give --list")
     if model is None:
-        if context is not None or batch != 1 or memory is not None:
-            raise UsageError("plan --list takes no --context, --batch or --memory; name a model to use them")
+        if context is not None or source is not None or batch != 1 or memory is not None:
+            raise UsageError("plan --list takes no --context, --source, --batch or --memory; name a model to use them")
         plans = list_plans(kv, weights)
         if as_json:
             print(json.dumps([each.to_dict() for each in plans], indent=2))
         else:
             render_list(plans, stdout())
         return
-    result = run_plan(model, context=context, batch=batch, kv=kv, weights=weights, memory=memory)
+    result = run_plan(model, context=context, batch=batch, kv=kv, weights=weights, memory=memory, source=source)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:

@@ -121,7 +121,7 @@ class Plan:
     @cached_property
     def cross(self) -> Bytes:
         """What cross-attention keeps for one sequence, whatever its length."""
-        return self.cross_spec.nbytes(self.shape.source) if self.cross_spec else Bytes(0, 0)
+        return self.cross_spec.nbytes(0, source=self.shape.source) if self.cross_spec else Bytes(0, 0)
 
     @cached_property
     def per_sequence(self) -> Bytes:
@@ -268,8 +268,10 @@ def make_plan(
     batch: int = 1,
     weights: str | None = None,
     memory: int | None = None,
+    source: int | None = None,
 ) -> Plan:
     """A plan for a known shape; see `run_plan`."""
+    shape = _reading(shape, source)
     tokens = shape.context if context is None else context
     if tokens is None:
         raise UsageError(
@@ -277,14 +279,14 @@ def make_plan(
         )
     _whole("--context", tokens, MOST_TOKENS)
     _whole("--batch", batch, MOST_SEQUENCES)
-    rules, page_size = parse_rules(kv)
-    spec = Spec.parse(kv, shape.layers) if shape.layers else None
+    parse_rules(kv)
+    spec = cross = None
+    if shape.layers:
+        whole = Spec.parse(kv, [*shape.layers, *(replace(layer, source=True) for layer in shape.cross)])
+        spec = replace(whole, groups=tuple(group for group in whole.groups if not group.source))
+        cross = replace(whole, groups=tuple(group for group in whole.groups if group.source)) if shape.cross else None
     if spec is not None and shape.context is not None:
         spec.longest(shape.context)  # complains where a window is wider
-    cross = None
-    if shape.cross:
-        whole = "; ".join([str(replace(rule, retention=Retention())) for rule in rules] + [f"page {page_size}"])
-        cross = Spec.parse(whole, shape.cross)
     return Plan(shape, spec, cross, kv, tokens, batch, _weight_format(shape, weights), memory)
 
 
@@ -296,6 +298,7 @@ def run_plan(
     kv: str = "f16",
     weights: str | None = None,
     memory: str | None = None,
+    source: int | None = None,
 ) -> Plan:
     """What `kvik plan` prints.
 
@@ -306,6 +309,7 @@ def run_plan(
         kv: a spec string.
         weights: `f32`, `bf16`, `f16`, `int8` or `int4`; default: as the model comes.
         memory: a size such as `8GiB`.
+        source: rows of the source that each sequence reads; default: the most that the model was made for.
 
     Raises:
         UsageError: a number or size that can't be.
@@ -314,12 +318,22 @@ def run_plan(
         StorageError: a file or hub that can't be read.
     """
     room = None if memory is None else parse_bytes(memory, "--memory")
-    return make_plan(lookup(model), kv=kv, context=context, batch=batch, weights=weights, memory=room)
+    return make_plan(lookup(model), kv=kv, context=context, batch=batch, weights=weights, memory=room, source=source)
 
 
 def list_plans(kv: str = "f16", weights: str | None = None) -> list[Plan]:
     """A plan for every well-known model at its full context, smallest first. Specs that fit only some models raise."""
     return [make_plan(shape, kv=kv, weights=weights) for shape in known_models()]
+
+
+def _reading(shape: ModelShape, source: int | None) -> ModelShape:
+    """The shape with a source of so many rows; None = as many as it was made for."""
+    if source is None:
+        return shape
+    if not shape.cross:
+        raise UsageError(f"{shape.name} reads no source beside its text (no cross-attention); leave --source out")
+    _whole("--source", source, MOST_TOKENS)
+    return replace(shape, source=source)
 
 
 def _whole(option: str, value: int, most: int) -> None:
