@@ -16,6 +16,7 @@ from kvik.models import families
 from kvik.models.folder import load
 from kvik.models.model import Model
 from kvik.models.model import load as load_model
+from kvik.models.weights import check
 from readers import READERS, drawn, ours, their_logits, tokens
 from test_cli import in_process
 from test_readers import read
@@ -179,12 +180,9 @@ def test_what_the_makers_ask_holds_in_an_answer_too():
     theirs = drawn("marian")
     theirs.generation_config.update(forced_eos_token_id=0, bad_words_ids=[[116], [138]], no_repeat_ngram_size=2)
     config = families.from_hf(theirs.config.to_dict(), theirs.generation_config.to_dict(), "x")
-    plain = ours(theirs)
+    model = Model(config, check(theirs.state_dict(), config), weights="f32", tokenizer=_Letters())
     source = tokens(20, 1)
     want = theirs.generate(torch.tensor([source]), max_new_tokens=15, do_sample=False, use_cache=False)[0].tolist()
-    model = Model(config, {}, weights="f32") if False else plain
-    model.reading = config
-    model.tokenizer = _Letters()
     request = Request([config.start_id], 15, source=source)
     with opened(model, model.cache("f32", memory=MEMORY), request) as sequence:
         got = Generation(model, request, sequence).run()

@@ -60,13 +60,15 @@ class Pieces:
             if number == 1:
                 found = dict(_fields(_bytes(value)))
                 (score,) = struct.unpack("<f", _bytes(found.get(2, bytes(4))))
-                pieces.append((_bytes(found[1]).decode(), score, int(found.get(3, _NORMAL))))
+                pieces.append((_bytes(found.get(1, b"")).decode(), score, int(found.get(3, _NORMAL))))
             elif number in (2, 3):
                 (trainer if number == 2 else normaliser).update(_fields(_bytes(value)))
         if trainer.get(3, _UNIGRAM) != _UNIGRAM or not pieces:
             raise ValueError("it holds no unigram model")
         if not {kind for _, _, kind in pieces} <= {_NORMAL, _UNKNOWN_PIECE, _CONTROL}:
             raise ValueError("it has pieces of a kind that kvik doesn't know")
+        if _UNKNOWN_PIECE not in {kind for _, _, kind in pieces}:
+            raise ValueError("it has no piece for what it doesn't know")
         return cls(
             tuple(pieces), _bytes(normaliser.get(2, b"")), bool(normaliser.get(3, 1)), bool(normaliser.get(4, 1))
         )
@@ -76,7 +78,7 @@ class Pieces:
         from tokenizers import Regex, models, normalizers, pre_tokenizers
         from tokenizers import Tokenizer as Backend
 
-        unknown = next((i for i, (_, _, kind) in enumerate(self.pieces) if kind == _UNKNOWN_PIECE), None)
+        unknown = [kind for _, _, kind in self.pieces].index(_UNKNOWN_PIECE)
         # Pieces that control something are no text: under a name that no text has they cut nothing.
         vocabulary = [(t if kind == _NORMAL else f"\0{i}", score) for i, (t, score, kind) in enumerate(self.pieces)]
         backend = Backend(models.Unigram(vocabulary, unknown, False))
@@ -104,7 +106,11 @@ class TwoLanguages:
 
         self._ids = _vocabulary(folder / "vocab.json")
         special = [AddedToken(t, normalized=False, special=True) for t in (_END, _UNKNOWN, _PADDING) if t in self._ids]
-        self._pieces = Pieces.read(folder / "source.spm").backend()
+        pieces = Pieces.read(folder / "source.spm")
+        try:
+            self._pieces = pieces.backend()
+        except Exception as error:  # the library raises plain Exception
+            _damaged(folder / "source.spm", " ".join(str(error).split())[:80])
         self._pieces.add_special_tokens(special)
         self.backend = Backend(models.WordLevel(self._ids, _UNKNOWN))
         self.backend.decoder = decoders.Metaspace(_SPACE, "always")
