@@ -20,6 +20,7 @@ from kvik.models.weights import check
 from readers import READERS, drawn, ours, their_logits, tokens
 from test_cli import in_process
 from test_readers import read
+from test_sentencepieces import IDS, spm
 
 MEMORY = 16 << 20
 
@@ -156,6 +157,16 @@ def test_kvik_run_answers_a_source(folder, monkeypatch, capsys):
     told = capsys.readouterr()
     assert facts["text"] in told.out and "20 source + 12 new tokens (length)" in told.err
     assert f"({kept} tokens, 20 rows of the source)" in told.err
+
+
+def test_kvik_run_translates_with_marians_own_files(tmp_path, monkeypatch, capsys):
+    saved(tmp_path / "marian", drawn("marian"))
+    (tmp_path / "marian" / "source.spm").write_bytes(spm())
+    (tmp_path / "marian" / "vocab.json").write_text(json.dumps(IDS))
+    arguments = ("run", "-m", tmp_path / "marian", "--max-tokens", 9, "--json", ">>deu<<xy xy")
+    assert in_process(monkeypatch, *arguments) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["source_tokens"], facts["token_ids"][-1]) == (4, 0), "forced_eos_token_id ends it"
 
 
 def test_an_answer_is_transformers_with_and_without_a_cache(folder):
