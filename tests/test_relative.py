@@ -183,7 +183,7 @@ LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 40}
 
 
-def tiny(family="llama", **options):
+def tiny(family="llama", weights="f32", **options):
     """(transformers' random model, ours)."""
     torch.manual_seed(0)
     if family == "gpt2":
@@ -196,7 +196,7 @@ def tiny(family="llama", **options):
         weight.data *= 3 if weight.dim() > 1 else 1  # attention is far from even
     config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
-    return theirs, Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights="f32")
+    return theirs, Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights=weights)
 
 
 def by_distance(theirs, config, tokens, kept):
@@ -261,9 +261,9 @@ def test_the_cut_is_seen_where_near_tokens_take_the_far_ones_way(monkeypatch, op
         check_cut(cache_of("f32"), TOY)
 
 
-@pytest.mark.parametrize("kv", ["bf16", "int8", "int4; layers 1: k8v4"])
-def test_the_cut_does_not_show_in_a_models_logits(kv, ops):
-    model = tiny(max_position_embeddings=128)[1]
+@pytest.mark.parametrize(("kv", "weights"), [("bf16", "f32"), ("int8", "int4"), ("int4; layers 1: k8v4", "int8")])
+def test_the_cut_does_not_show_in_a_models_logits(kv, weights, ops):
+    model = tiny(weights=weights, max_position_embeddings=128)[1]
     first, *others = kv.split(";")
     kv = ";".join([f"{first}+window:70,sinks:5,relative", *(f"{rule}+window:37,sinks:9,relative" for rule in others)])
     check_cut(model.cache(kv, memory=8 << 20), Logits(model))
