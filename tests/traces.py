@@ -58,6 +58,7 @@ MODELS = {family: tiny(family) for family in ("llama", "gpt2", "mistral")}
 TINY = MODELS["llama"]
 ALL = (0, 1)
 SPECS = ("f32", "bf16", "int8-rot", "k8v4", "int4+window:4,sinks:1; page 16", "bf16; layers 1 heads 0: int8+window:5")
+SPECS += ("int8; layers 1: int8+window:4,sinks:2,relative",)
 over_families = pytest.mark.parametrize("family", MODELS)
 over_specs = pytest.mark.parametrize("kv", SPECS)
 

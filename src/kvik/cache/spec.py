@@ -6,6 +6,7 @@ A spec string is rules divided by `;`. The first is for every lane, later ones c
     k8v4                                      keys in 8 bits, values in 4
     k:int8,v:bf16                             the same, written out: any codec for either
     int4+window:1024,sinks:4                  4 bits; the first 4 rows and the last 1024 stay
+    int4+window:1024,sinks:4,relative         the 4 are seen as if right before the 1024: texts of any length
     int4; layers 0-1: bf16                    the first two layers in bf16
     bf16; layers 2,5 heads 0-1: int8; page 64 pages of 64 rows
 """
@@ -16,14 +17,14 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from kvik.cache.methods import Needs
 from kvik.cache.policy import Policy
 from kvik.cache.retention import Retention
 from kvik.errors import SpecError
-from kvik.ops.layout import CODECS, Codec, RowLayout, Stream, extremes_bytes, nearest_codec
+from kvik.ops.layout import CODECS, MOST_POSITIONS, Codec, RowLayout, Stream, extremes_bytes, nearest_codec
 
 PAGE_SIZE = 32
 TABLE_BYTES = 4  # a page table's entry
@@ -62,7 +63,8 @@ class LayerShape:
         heads: KV heads (lanes).
         streams: names and widths, (("k", 64), ("v", 64)) for ordinary attention.
         window: the model's own sliding window in positions, None = all.
-        frequencies: by which neighbouring pairs of a key's channels are turned per position; None = not turned.
+        frequencies: radians a position by which neighbouring pairs of a key's channels are turned; None = not turned;
+            none at all = turned, but nobody asked by how much (plans).
     """
 
     heads: int
@@ -169,6 +171,22 @@ class Spec:
         each = sum((group.nbytes(tokens) for group in self.groups), Bytes(0, 0))
         return Bytes(batch * each.payload, batch * each.overhead)
 
+    def longest(self, positions: int) -> int:
+        """The most tokens that a sequence can have, of a model that was made for `positions`: only where every group is
+        relative more than those.
+
+        Raises:
+            SpecError: a relative window and its sinks are more than the model's positions, so that it would leave them.
+        """
+        reaches = [group.retention.reach for group in self.groups]
+        widest = max((reach for reach in reaches if reach is not None), default=0)
+        if widest > positions:
+            raise SpecError(
+                f"spec {self.text!r}: window and sinks are {widest:,} rows, more than the {positions:,} positions that "
+                f"the model was made for; a relative window and its sinks must fit them, {positions:,} rows at the most"
+            )
+        return positions if None in reaches or not reaches else MOST_POSITIONS
+
     @cached_property
     def fingerprint(self) -> str:
         """A SHA-256 over everything that gives stored bytes their meaning: lanes, streams, codecs, retention, pages."""
@@ -192,7 +210,8 @@ class Rule:
         return (self.layers is None or layer in self.layers) and (self.heads is None or head in self.heads)
 
     def check(self, layers: Sequence[LayerShape]) -> None:
-        """Raises SpecError where the rule names a layer, head or stream that the model doesn't have."""
+        """Raises SpecError where the rule names a layer or head that the model doesn't have, or turns keys back that
+        positions don't turn."""
         for layer in self.layers or ():
             if layer >= len(layers):
                 raise SpecError(f"spec names layer {layer}, but the model has layers 0-{len(layers) - 1}")
@@ -200,6 +219,11 @@ class Rule:
                 if head >= layers[layer].heads:
                     known = layers[layer].heads - 1
                     raise SpecError(f"spec names head {head} of layer {layer}, but its KV heads are 0-{known}")
+        if self.retention.relative and any(layers[i].frequencies is None for i in self.layers or range(len(layers))):
+            raise SpecError(
+                f"spec has '{self.retention}', but positions don't turn this model's keys (no rotary), so that rows "
+                f"can't be seen at another distance; use '{replace(self.retention, relative=False)}'"
+            )
 
     def layout(self, shape: LayerShape) -> RowLayout:
         """The row that this rule makes of a layer's streams."""
@@ -223,7 +247,9 @@ class Rule:
             have = " and ".join(n for n, _ in shape.streams)
             raise SpecError(f"{policy}: this model keeps {have}, no keys to choose pages by; use another method")
         own, asked = shape.window, self.retention.window
-        return self.retention if own is None or (asked is not None and asked < own) else Retention(own)
+        if own is None or (asked is not None and asked < own):
+            return self.retention
+        return Retention(own, relative=self.retention.relative)  # without sinks no distance is another
 
     def __str__(self) -> str:
         where = "" if self.layers is None else f"layers {_ranges(self.layers)}"
@@ -303,26 +329,34 @@ def _codec(name: str, text: str) -> Codec:
 
 def _retention(part: str, text: str) -> Retention:
     values: dict[str, int] = {}
-    if part.strip() == "full":
+    items = [item.strip() for item in part.split(",")]
+    if items == ["full"]:
         return Retention()
-    if not difflib.get_close_matches(part.strip().split(":")[0], _EXAMPLES, cutoff=0.7):
+    relative = "relative" in items
+    if relative:
+        items.remove("relative")
+    if not any(difflib.get_close_matches(item.split(":")[0], _EXAMPLES, cutoff=0.7) for item in items[:1]):
+        if relative:
+            raise SpecError(
+                f"spec {text!r}: 'relative' places sinks before a window, and rows that stay otherwise keep their own "
+                "positions; write 'window:1024,sinks:4,relative', or leave it out"
+            )
         return Retention(policy=_policy(part.strip(), text))
-    for item in part.split(","):
+    for item in items:
         name, _, number = (piece.strip() for piece in item.partition(":"))
         if name not in ("window", "sinks"):
             raise SpecError(
-                f"spec {text!r}: {item.strip()!r} is no retention; use 'full', 'window:1024' or 'window:1024,sinks:4'"
+                f"spec {text!r}: {item!r} is no retention; use 'full', 'window:1024', 'window:1024,sinks:4' or "
+                "'window:1024,sinks:4,relative'"
             )
         if not number.isdecimal() or len(number) > 9 or (name == "window" and int(number) < 1) or name in values:
-            raise SpecError(
-                f"spec {text!r}: {item.strip()!r} needs one whole number of rows, as in '{name}:{_EXAMPLES[name]}'"
-            )
+            raise SpecError(f"spec {text!r}: {item!r} needs one whole number of rows, as in '{name}:{_EXAMPLES[name]}'")
         values[name] = int(number)
     if "window" not in values:
         raise SpecError(
             f"spec {text!r}: sinks alone keep almost nothing; add a window, as in 'window:1024,sinks:{values['sinks']}'"
         )
-    return Retention(values["window"], values.get("sinks", 0))
+    return Retention(values["window"], values.get("sinks", 0), relative=relative)
 
 
 def _policy(part: str, text: str) -> Policy:

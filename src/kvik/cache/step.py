@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from kvik.cache import relative
 from kvik.cache.quest import select_of
 from kvik.cache.sequence import Sequence
 from kvik.cache.spec import Group, Spec
 from kvik.errors import SequenceError
 from kvik.ops.fused import Fused
-from kvik.ops.reads import Member, Partial, Reads
+from kvik.ops.reads import Member, Partial, Plan, Reads
 
 if TYPE_CHECKING:
     from kvik.cache.cache import Cache
@@ -93,10 +94,7 @@ class Step:
         for sequence in self.sequences:
             sequence._busy = True
         try:
-            self._plans = [
-                self.cache.ops.plan(self.cache.pages(group), self._reads_of(index, group))
-                for index, group in enumerate(self.cache.spec.groups)
-            ]
+            self._plans = [self._plan_of(index, group) for index, group in enumerate(self.cache.spec.groups)]
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -251,6 +249,13 @@ class Step:
             for table, columns in zip(sequence.tables, before, strict=True):
                 self.cache.release(table, np.arange(len(table.logical)) < columns)
                 table.stale = True
+
+    def _plan_of(self, index: int, group: Group) -> Plan:
+        """How a group's rows are written and read."""
+        ops, pages, reads = self.cache.ops, self.cache.pages(group), self._reads_of(index, group)
+        if group.retention.relative:
+            return relative.plan(ops, pages, reads, group.frequencies)
+        return ops.plan(pages, reads)
 
     def _reads_of(self, index: int, group: Group) -> Reads:
         members = []

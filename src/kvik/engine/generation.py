@@ -28,7 +28,8 @@ class Request:
 
     Attributes:
         prompt: token ids, at least one.
-        max_tokens: new tokens at the most; None = up to the model's last position.
+        max_tokens: new tokens at the most; None = up to the model's last position, and where there is none
+            (`Spec.longest`) as many as it has positions.
         stop: texts that end the answer; they are not part of it.
         sampling: how tokens are chosen.
     """
@@ -114,7 +115,8 @@ class Generation:
             ContextError: the prompt leaves no position for an answer.
         """
         assert model.tokenizer is not None, "text needs a tokenizer"
-        model.check_context(len(request.prompt) + 1)
+        spec = None if sequence is None else sequence.cache.spec
+        model.check_context(len(request.prompt) + 1, spec)
         held = [] if sequence is None else sequence.tokens
         if len(held) >= len(request.prompt) or held != list(request.prompt[: len(held)]):
             raise UsageError(
@@ -134,8 +136,8 @@ class Generation:
         self._decoder = model.tokenizer.stream()
         self._held_back = ""
         self._started = self._stopping = False
-        room = model.config.max_positions - len(request.prompt)
-        self._limit = room if request.max_tokens is None else min(request.max_tokens, room)
+        room = model.longest(spec) - len(request.prompt)
+        self._limit = min(request.max_tokens or model.config.max_positions, room)
         self._full = self._limit == room
 
     def __iter__(self) -> Iterator[str]:
@@ -221,8 +223,11 @@ class Generation:
     def _why_length(self) -> str:
         if not self._full:
             return f"stopped after {self._limit} new tokens; raise --max-tokens for more"
-        positions = self.model.config.max_positions
-        return f"stopped at the model's last position, {positions:,}; shorten the prompt, or use a model with more"
+        last = len(self.request.prompt) + self._limit
+        return (
+            f"stopped at the model's last position, {last:,}; shorten the prompt or use a model with more"
+            f"{self.model.way_beyond}"
+        )
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:

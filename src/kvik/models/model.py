@@ -97,7 +97,9 @@ class Model:
             from kvik.models.tuned import recall
 
             kv = recall(self.fingerprint, self.config.name, self.weights)
-        return Spec.parse(kv, self.decoder.layers)
+        spec = Spec.parse(kv, self.decoder.layers)
+        self.longest(spec)
+        return spec
 
     def cache(self, kv: str = "bf16", *, memory: int | None = None, shares: bool = True) -> Cache:
         """A cache for this model's rows; see `Cache`."""
@@ -128,7 +130,7 @@ class Model:
             raise UsageError("run needs at least one sequence and its new tokens")
         known = self.config.vocab_size
         for sequence, tokens in chunks:
-            self.check_context(len(sequence) + len(tokens))
+            self.check_context(len(sequence) + len(tokens), sequence.cache.spec)
             if not all(0 <= token < known for token in tokens):
                 raise UsageError(f"token ids must be 0 to {known - 1}; got {min(tokens)} to {max(tokens)}")
         with chunks[0][0].cache.step(chunks) as step:
@@ -136,13 +138,29 @@ class Model:
             rows = torch.arange(len(step.tokens)) if every else torch.tensor(step.last)
             return self.decoder.forward(step if watch is None else watch(step), ids, rows.to(self.device))
 
-    def check_context(self, tokens: int) -> None:
-        """Raises ContextError if a text of so many tokens is longer than the model's positions."""
-        if tokens > self.config.max_positions:
+    def longest(self, spec: Spec | None = None) -> int:
+        """The most tokens that a text can have under a spec; None = where all rows stay. See `Spec.longest`."""
+        positions = self.config.max_positions
+        return positions if spec is None else spec.longest(positions)
+
+    def check_context(self, tokens: int, spec: Spec | None = None) -> None:
+        """Raises ContextError if a text of so many tokens is longer than `longest`."""
+        most = self.longest(spec)
+        if tokens > self.config.max_positions == most:
             raise ContextError(
-                f"{tokens:,} tokens are more than the {self.config.max_positions:,} positions of {self.config.name}; "
-                "shorten the prompt or choose a model with a longer context"
+                f"{tokens:,} tokens are more than the {most:,} positions of {self.config.name}; shorten the prompt or "
+                f"choose a model with a longer context{self.way_beyond}"
             )
+        if tokens > most:
+            raise ContextError(f"{tokens:,} tokens are more than the {most:,} that any sequence can have; open another")
+
+    @property
+    def way_beyond(self) -> str:
+        """For messages: how a text may get longer than the model's positions; "" where it can't."""
+        if self.config.rope is None:
+            return ""
+        window = min(1024, self.config.max_positions // 2)
+        return f", or let a window move along: --kv int8+window:{window},sinks:4,relative"
 
 
 def load(

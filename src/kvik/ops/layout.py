@@ -27,6 +27,7 @@ from functools import cached_property
 from typing import Literal
 
 SCALE_BYTES = 2
+MOST_POSITIONS = (1 << 31) - 1  # tokens of a sequence: positions are kept in 32 bits
 GRANULE = 4  # bytes that stay together in a page
 TOGETHER = 16  # pages whose extremes lie side by side
 

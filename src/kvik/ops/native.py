@@ -18,7 +18,7 @@ from torch import Tensor
 from kvik.ops import loader, reference
 from kvik.ops import reads as described
 from kvik.ops.fused import Fused
-from kvik.ops.layout import TOGETHER, RowLayout
+from kvik.ops.layout import MOST_POSITIONS, TOGETHER, RowLayout
 from kvik.ops.reads import Kept, Member, Partial, Reads
 
 _KINDS = {"f32": 0, "bf16": 1, "f16": 2}  # attend.h's Kind; int8 is 3, int4 is 4
@@ -40,7 +40,7 @@ class Plan:
             assert table.dtype == logical.dtype == "int32", "tables are int32"
             assert table.flags.c_contiguous and logical.flags.c_contiguous, "tables lie without gaps"
             end = member.start + member.count
-            assert end < 1 << 31, "positions fit 31 bits"
+            assert end <= MOST_POSITIONS, "positions fit 31 bits"
             assert (int(logical[-1]) + 1) * reads.page_size >= end, "there are columns for all new tokens"
             members += [table.ctypes.data, logical.ctypes.data, table.shape[1], member.start, member.count]
             members += [*_kept(member.kept), self._extremes(member)]

@@ -125,7 +125,7 @@ class Reads:
     Attributes:
         layout: of a row; streams `k` and `v` where there is attention.
         page_size: N.
-        window: positions that a query sees, its own included; None = all.
+        window: positions that a query sees, its own included; None = all; 0 = the sinks alone.
         sinks: first positions that stay visible though a window has passed them.
         members: in the order of the step's T tokens.
         select: how queries choose which pages they read; None = they read all that they see.
