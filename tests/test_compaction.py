@@ -278,7 +278,7 @@ def test_attention_mass_is_what_dense_attention_gives(ops):
 
 
 def mass_of(*ways):
-    """Attention mass after 40 tokens, 30 more that are not settled yet, these ways of going on, and all of it settled."""
+    """Attention mass after 40 tokens, 30 more not settled yet, these ways of going on, and all of it settled."""
     toy, cache, sequence = opened("f32+h2o:50%", prompt=90, shares=False)
     feed(toy, sequence, text(40))
     toy.run([(sequence, text(30, 1))])
