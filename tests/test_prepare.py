@@ -235,7 +235,8 @@ def test_a_folder_without_config_names_its_gguf(kvik_home, tmp_path, tiny):
         resolve(str(tiny.parent))
 
 
-def test_what_is_no_model_is_told_what_it_could_be(kvik_home, tmp_path):
+def test_what_is_no_model_is_told_what_it_could_be(kvik_home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("smolm2", "a/b/c", "", "../x", "a b", "x\ny", "~nobody-here/x/y", "x" * 5000, "a\0b"):
         with pytest.raises(UsageError, match=r"smollm2.*\.gguf.*org/name") as caught:
             resolve(name)
