@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import subprocess
@@ -208,20 +207,18 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(kvik_home,
     assert entries(kvik_home) == [f".preparing-{living}-x", folder.name]
 
 
-def _prepare_and_report(path, results):
-    steps = []
-    results.put((str(resolve(path, lambda what, *_: steps.append(what))), steps))
+REPORTED = (
+    "import json, pathlib, sys; from kvik.models.prepare import resolve; steps = []; "
+    "folder = resolve(sys.argv[1], lambda what, *_: steps.append(what)); "
+    "pathlib.Path(sys.argv[2]).write_text(json.dumps([str(folder), steps]))"
+)
 
 
-def test_two_processes_at_once_prepare_once(kvik_home, tiny):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [context.Process(target=_prepare_and_report, args=(str(tiny), results)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    folders, steps = zip(*(results.get(timeout=120) for _ in workers), strict=True)
-    for worker in workers:
-        worker.join()
+def test_two_processes_at_once_prepare_once_and_print_nothing(kvik_home, tiny, tmp_path):
+    reports, pipes = [tmp_path / "one", tmp_path / "two"], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    workers = [subprocess.Popen([sys.executable, "-c", REPORTED, tiny, report], **pipes) for report in reports]
+    assert [worker.communicate(timeout=120) for worker in workers] == [(b"", b"")] * 2
+    folders, steps = zip(*(json.loads(report.read_text()) for report in reports), strict=True)
     assert len(set(folders)) == 1
     assert sum("write the prepared model" in taken for taken in steps) == 1
     assert entries(kvik_home) == [Path(folders[0]).name]
@@ -327,12 +324,6 @@ def test_a_warm_start_imports_no_heavy_library_and_needs_no_writable_home(kvik_h
     finally:
         kvik_home.chmod(0o700)
     assert result.stdout.strip() == "[]"
-
-
-def test_preparation_prints_nothing(kvik_home, tiny):
-    script = f"from kvik.models.prepare import resolve; resolve({str(tiny)!r})"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert (result.stdout, result.stderr) == ("", "")
 
 
 @pytest.fixture(scope="session")
