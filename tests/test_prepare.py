@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer
 
 from kvik.errors import KvikError, ModelError, StorageError, TokenizerError, UsageError, WeightsError
 from kvik.models import prepare
+from kvik.models.folder import _NAMES, file_sha256
 from kvik.models.prepare import home, load, resolve
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.weights import read_gguf
@@ -112,6 +114,15 @@ def test_digits_are_split_as_the_files_pre_tokenizer_says(kvik_home, tmp_path):
     assert llama3.encode("he", add_special_tokens=True)[0] == alphabet().index("<|im_start|>")
     with pytest.raises(TokenizerError, match="martian"):
         resolve(str(write_gguf(tmp_path / "c.gguf", llama(), pre="martian")))
+
+
+def test_a_known_file_is_called_what_its_makers_call_it(kvik_home, tiny, monkeypatch):
+    folder = resolve(str(tiny))
+    before = load(folder)
+    monkeypatch.setitem(_NAMES, file_sha256(tiny), "Tiny-1M-Instruct")
+    after = load(folder)
+    assert before.config.name != after.config.name == prepare.prepared()[0].name == "Tiny-1M-Instruct"
+    assert (replace(after.config, name=before.config.name), after.fingerprint) == (before.config, before.fingerprint)
 
 
 def test_a_transformers_folder_is_used_in_place(kvik_home, tmp_path):
@@ -339,7 +350,7 @@ def test_smollm2_loads_in_a_fraction_of_a_second(smollm2):
         loaded = load(smollm2)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.3
-    assert loaded.config.eos_ids[0] == 2
+    assert loaded.config.eos_ids[0] == 2 and loaded.config.name == "SmolLM2-135M-Instruct"
     assert (loaded.config.layers, loaded.config.heads, loaded.config.kv_heads) == (30, 9, 3)
     assert loaded.tensors["model.embed_tokens.weight"].bits == 8
 
