@@ -32,7 +32,7 @@ class Observed:
         self.mass = torch.zeros((len(group.lanes), 0)) if Needs.MASS in policy.needs else None
         self.scale: float | None = None
         self._queries: dict[int, list[tuple[int, Tensor]]] = {}  # layer -> (position of the first, [t, L, G, D])
-        self._pending: list[tuple[slice, Tensor]] = []
+        self._pending: list[tuple[int, slice, Tensor]] = []  # (position of the first query, lanes, mass)
 
     def wants(self, stop: int, trigger: int | None) -> bool:
         """Whether anything is to be seen of a chunk that ends before position `stop`."""
@@ -47,17 +47,17 @@ class Observed:
             grouped = torch.unflatten(last, 1, (lanes.stop - lanes.start, -1)).clone()
             self._queries.setdefault(layer, []).append((start + len(q) - len(last), grouped))
         if self.mass is not None and mass is not None:
-            self._pending.append((lanes, mass))
+            self._pending.append((start, lanes, mass))
 
     def forget(self, start: int) -> None:
         """What was seen of tokens from position `start` on leaves no trace."""
-        self._pending.clear()
+        self._pending = [each for each in self._pending if each[0] < start]
         for layer, seen in self._queries.items():
             self._queries[layer] = [(at, q[: start - at]) for at, q in seen if at < start]
 
     def settle(self) -> None:
         """What is pending counts."""
-        for lanes, mass in self._pending:
+        for _, lanes, mass in self._pending:
             assert self.mass is not None, "only what was asked for is pending"
             missing = mass.shape[1] - self.mass.shape[1]
             self.mass = torch.nn.functional.pad(self.mass, (0, missing)) if missing > 0 else self.mass
@@ -84,6 +84,7 @@ class Observed:
         twin.mass = None if self.mass is None else self.mass.clone()
         twin.scale = self.scale
         twin._queries = {layer: list(seen) for layer, seen in self._queries.items()}
+        twin._pending = list(self._pending)
         return twin
 
 

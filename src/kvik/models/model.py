@@ -23,6 +23,7 @@ from kvik.models.tokenizer import Tokenizer
 from kvik.models.watch import Chunk
 from kvik.ops.grouped import GroupQuantized
 from kvik.ops.linear import FORMATS, Format, Linear
+from kvik.ops.pointwise import RowFunction
 
 Weights = Literal["auto", "f32", "bf16", "int8", "int4"]
 
@@ -37,6 +38,10 @@ class Decoder(Protocol):
     @property
     def blocks(self) -> Sequence[object]:
         """The layers' weights."""
+
+    @property
+    def norm(self) -> RowFunction:
+        """What stands before the head."""
 
     def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
         """Takes a step's tokens through all layers; logits of the chosen rows."""
@@ -56,6 +61,7 @@ class Model:
         arithmetic: what computes products and rows: another gives other last bits.
         fingerprint: names the weights as they are held, and the arithmetic, for the cache's keys.
         nbytes: bytes of all weights as they are held.
+        read_bytes: of those that every step reads: without tables of which it takes the rows of its tokens.
         row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers.
         head_weights: weights that a row is multiplied with whose logits are wanted.
     """
@@ -89,6 +95,7 @@ class Model:
         held = f"{self.weights}, {self.arithmetic}"
         self.fingerprint = digest(file=fingerprint.encode(), held=held.encode()).hex()
         self.nbytes = nbytes(self.decoder)
+        self.read_bytes = nbytes((self.decoder.blocks, self.decoder.norm, self.decoder.head))
         self.row_weights, self.head_weights = multiplied(self.decoder.blocks), multiplied(self.decoder.head)
 
     def spec(self, kv: str = "bf16") -> Spec:
