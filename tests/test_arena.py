@@ -26,6 +26,20 @@ def resident():
         return int(statm.read().split()[1]) * resource.getpagesize()
 
 
+def test_what_is_reserved_does_not_count_as_used():
+    """Else a process with two caches, each with the machine's whole memory reserved, could not fork."""
+    arena, flags, inside = arena_of(), [], False
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            head = line.split()
+            if "-" in head[0] and not head[0].endswith(":"):
+                low, high = (int(each, 16) for each in head[0].split("-"))
+                inside = low <= arena.bytes.data_ptr() < high
+            elif inside and head[0] == "VmFlags:":
+                flags = head[1:]
+    assert flags and "ac" not in flags, flags
+
+
 # Pages.
 
 
