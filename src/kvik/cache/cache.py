@@ -20,6 +20,7 @@ from kvik.cache.sequence import Sequence
 from kvik.cache.spec import Bytes, Group, Spec
 from kvik.cache.step import Step, parts_of
 from kvik.cache.table import Table
+from kvik.cache.tidying import defragment
 from kvik.errors import BudgetError, SequenceError, UsageError
 from kvik.ops import pages as paged
 from kvik.ops.backend import backend
@@ -142,10 +143,10 @@ class Cache:
         available = memory_available() + self.arena.held if self.device.type == "cpu" else self.arena.capacity
         self._check_budget(memory, available)
         if self.arena.held > memory:
-            self._defragment()
+            defragment(self)
         while self.arena.held > memory:
             evicted = [self._evict() for _ in range(16)]
-            self._defragment()
+            defragment(self)
             if not any(evicted) and self.arena.held > memory:
                 held = self.arena.held
                 raise BudgetError(
@@ -331,7 +332,7 @@ class Cache:
             if hopeless or not self._evict():
                 if not (tidied or hopeless):
                     tidied = True
-                    self._defragment()
+                    defragment(self)
                     continue
                 cost, left = self.arena.cost(wanted, tables), max(self.budget - self.arena.held, 0)
                 raise BudgetError(
@@ -379,21 +380,6 @@ class Cache:
         view[index[1]] = view[index[0]]
         table.pages[:, -1] = new
         self.arena.release(table.group.page_bytes, old)
-
-    def _defragment(self) -> None:
-        """Empties slabs by moving pages together, and rewrites every table."""
-        for page_bytes in self.arena.classes:
-            moved = self.arena.defragment(page_bytes)
-            if moved is None:
-                continue
-            for sequence in self._open.values():
-                for table in sequence.tables:
-                    if table.group.page_bytes == page_bytes:
-                        table.renumber(moved)
-            for block in self.index:
-                for index, (group, pages) in enumerate(zip(self.spec.groups, block.pages, strict=True)):
-                    if group.page_bytes == page_bytes and pages is not None:
-                        block.pages[index] = moved[pages]
 
 
 __all__ = ["Books", "Cache", "Pages"]

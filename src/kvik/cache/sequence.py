@@ -26,6 +26,7 @@ from kvik.cache.quest import learn
 from kvik.cache.reading import read
 from kvik.cache.spec import Bytes
 from kvik.cache.table import Table
+from kvik.cache.tidying import tidy
 from kvik.errors import SequenceError
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ class Sequence:
                 self._floor = len(self.tokens)
         if dropped:
             self.cache.emit(events.Dropped(self.number, len(self.tokens), dropped))
+            tidy(self.cache)
 
     @property
     def next_trigger(self) -> int | None:
@@ -225,6 +227,7 @@ class Sequence:
         if gone:
             self._floor, self._publishes = len(self.tokens), False
             self.cache.emit(events.Compressed(self.number, len(self.tokens), gone))
+            tidy(self.cache)
 
     def _check_trim(self, length: int) -> None:
         for observed in self._observed:
