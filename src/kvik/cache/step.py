@@ -256,7 +256,8 @@ class Step:
         for sequence, start, chunk in zip(self.sequences, self.starts, self.chunks, strict=True):
             table = sequence.tables[index]
             members.append(Member(table.pages, table.logical, start, len(chunk), table.kept))
-        return Reads(group.layout, group.page_size, group.retention.window, group.retention.sinks, tuple(members))
+        window, sinks = group.retention.window, group.retention.sinks
+        return Reads(group.layout, group.page_size, window, sinks, tuple(members), self.cache.centres[index])
 
 
 def _joined(results: list[tuple[list[int] | None, Partial]], heads: int) -> Partial:
