@@ -13,7 +13,8 @@ from torch import Tensor
 from kvik import events
 from kvik.cache.arena import Arena, PageClass, Pages, device_memory
 from kvik.cache.books import Books, books, bytes_in_use, check, nbytes
-from kvik.cache.limits import memory_available, memory_total
+from kvik.cache.centres import Centres, centres_of
+from kvik.cache.limits import check_budget, memory_available, memory_total
 from kvik.cache.observed import may_know
 from kvik.cache.prefix import Block, PrefixIndex, root_key
 from kvik.cache.sequence import Sequence
@@ -50,6 +51,7 @@ class Cache:
         weights: str = "",
         shares: bool = True,
         device: str | torch.device = "cpu",
+        centres: Centres | None = None,
     ) -> None:
         """
         Args:
@@ -58,10 +60,11 @@ class Cache:
             weights: names the weights as they are held, for the keys of what is shared.
             shares: whether full pages are published, to be found by later sequences.
             device: where the rows lie.
+            centres: subtracted from keys where these are quantised; not for attention with a softcap.
 
         Raises:
             BudgetError: more than the machine, or the limit of its container, has.
-            UsageError: the device is not there.
+            UsageError: the device is not there, or the centres are for other layers.
         """
         self.spec = spec
         self.device = torch.device(device)
@@ -71,7 +74,7 @@ class Cache:
         self.shares = shares
         available = memory_available() if self.device.type == "cpu" else device_memory(self.device)
         budget = available // 2 if memory is None else memory
-        self._check_budget(budget, available)
+        check_budget(budget, available)
         largest = max((group.page_bytes for group in spec.groups), default=1)
         capacity = memory_total() if self.device.type == "cpu" else budget
         self.arena = Arena(budget, capacity, largest, self.device)
@@ -82,6 +85,7 @@ class Cache:
         self._policies = [g.retention.policy for g in spec.groups if g.retention.policy is not None]
         self.active: Step | None = None
         self._weights = weights
+        self.centres, self._centred = centres_of(centres, spec, self.device)  # by group
         self._open: dict[int, Sequence] = {}
         self._opened = 0
         self._listeners: list[Callable[[events.Event], None]] = []
@@ -96,7 +100,7 @@ class Cache:
             tokens: what is going to be appended first: the prompt. A policy may choose at its end.
             salt: only sequences opened with the same salt share rows.
         """
-        root = root_key(self._weights, self.spec, salt)
+        root = root_key(self._weights, self.spec, salt, self._centred)
         known = min((may_know(policy, len(tokens)) for policy in self._policies), default=len(tokens) - 1)
         chain = self.index.find(root, list(tokens[: max(known, 0)])) if self.shares else []
         sequence = Sequence(self, self._opened, root, chain, len(tokens))
@@ -141,7 +145,7 @@ class Cache:
         if self.active is not None:
             raise SequenceError("the cache is in the middle of a step; resize between steps")
         available = memory_available() + self.arena.held if self.device.type == "cpu" else self.arena.capacity
-        self._check_budget(memory, available)
+        check_budget(memory, available)
         if self.arena.held > memory:
             defragment(self)
         while self.arena.held > memory:
@@ -311,15 +315,6 @@ class Cache:
     def _hides(self, tokens: int) -> bool:
         size = self.spec.page_size
         return any(len(g.retention.live_pages(tokens, size)) < -(-tokens // size) for g in self.spec.groups)
-
-    def _check_budget(self, budget: int, available: int) -> None:
-        if budget < 0:
-            raise UsageError(f"a cache of {budget} bytes: give a positive number")
-        if budget > available:
-            raise BudgetError(
-                f"a cache of {budget:,} bytes is more than the {available:,} that this machine has left; ask for less",
-                needed=budget, available=available,
-            )  # fmt: skip
 
     def make_room(self, wanted: dict[int, int], tables: int = 0) -> None:
         """Evicts unreferenced blocks until the pages fit; moves pages together before it gives up."""

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 
 from kvik.cache.arena import Pages
 from kvik.cache.policy import Policy, apply
+from kvik.cache.reading import decoded
 from kvik.cache.seen import Seen
 from kvik.cache.table import Rows, Table
 from kvik.errors import BudgetError
-from kvik.ops import pages as paged
-from kvik.ops.codecs import unrotated
 from kvik.ops.reads import Kept
 
 if TYPE_CHECKING:
@@ -92,12 +91,7 @@ def _seen(
     slots: Rows,
 ) -> Seen:
     group = table.group
-    view, where = cache.pages(group), torch.from_numpy(slots).to(cache.device)
-    rows = paged.rows(view, group.layout, group.page_size, where.reshape(-1))
-    keys, values = (
-        torch.unflatten(unrotated(group.layout, stream.name, rows[stream.name]), 0, where.shape).cpu()
-        for stream in group.layout.streams
-    )
+    keys, values = (x.cpu() for x in decoded(cache, sequence.tables.index(table), lanes, slots).values())
     queries = observed.queries(layer)
     mass = None if observed.mass is None else observed.mass[lanes].gather(1, _places(table, positions))
     return Seen(

@@ -146,9 +146,9 @@ class Sequence:
         self._publish()
         self._drop()
         self._compress()
-        for table in self.tables:
+        for number, table in enumerate(self.tables):
             if table.group.chooses:
-                learn(self.cache, table, len(self.tokens))
+                learn(self.cache, table, number, len(self.tokens))
 
     def close(self) -> None:
         """Gives every page back; the one place where that happens. Idempotent."""
