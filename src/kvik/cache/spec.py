@@ -308,7 +308,7 @@ def _retention(part: str, text: str) -> Retention:
 
 def _policy(part: str, text: str) -> Policy:
     policy = Policy.parse(part, text)
-    if policy.needs & (Needs.PASS | Needs.PAGES):
+    if Needs.PAGES in policy.needs:
         raise SpecError(
             f"spec {text!r}: no cache runs {policy.method!r} yet, so nothing would leave; use a method that drops rows "
             "by what it has seen, such as 'snapkv:25%' or 'keydiff:1024rows'"
