@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kvik.cache.methods import Needs
+from kvik.cache.policy import Policy
 from kvik.cache.recall import Repeated
 from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.step import Step
@@ -60,11 +61,7 @@ class Repetition:
         """
         asking = sequence.asking(at)
         for policy in asking.values():
-            if Needs.FUTURE in policy.needs:
-                raise SpecError(
-                    f"{policy}: an oracle has seen the future, the tokens that come after the prompt, so only 'kvik "
-                    f"eval' can run it; use a method such as 'kvzip:{policy.budget}'"
-                )
+            refuse_foresight(policy)
         if not asking:
             return
         first, positions = min(map(sequence.remembered, asking)), model.config.max_positions
@@ -113,6 +110,15 @@ class Repetition:
         for group, parts in found.items():
             sequence.remember(group, torch.cat(parts, dim=1), first)
         return True
+
+
+def refuse_foresight(policy: Policy) -> None:
+    """Raises SpecError if a policy chooses by what nobody can know who uses it."""
+    if Needs.FUTURE in policy.needs:
+        raise SpecError(
+            f"{policy}: an oracle has seen the future, the tokens that come after the prompt, so only 'kvik eval' can "
+            f"run it; use a method such as 'kvzip:{policy.budget}'"
+        )
 
 
 class _Listening(Watch):
