@@ -54,7 +54,7 @@ def test_a_spec_prints_what_it_reads(written, printed):
         ("x:int8,v:int4", "this model keeps k and v"),
         ("int8+h2o:3", "'3' is no budget of 'h2o'"),
         ("int8+h3o:25%", "did you mean"),
-        ("int8+kvzip:25%", "no cache runs 'kvzip' yet"),
+        ("int8+orakel:25%", "observed, quest, random"),
         ("int8+window", "one whole number"),
         ("int8+window:0", "one whole number"),
         ("int8+window:-3", "one whole number"),

@@ -39,7 +39,7 @@ def synthetic(contexts=(32, 1024, 4096, 8128), kv="bf16", tokens=32, rounds=3):
     10 GB/s, appending 0.5 ms, the rest 1.5 ms; a prompt 1 ms a token."""
     layers = [LayerShape(3, (("k", 64), ("v", 64)))] * 30
     specs = Spec.parse(kv, layers), Spec.parse("f32", layers)
-    arithmetic = Arithmetic(*specs, 3, 106_168_320, 28_311_552, 96_577_268)
+    arithmetic = Arithmetic(*specs, 3, 106_168_320, 28_311_552, 96_577_268, 96_577_012)
     lengths = []
     for context in contexts:
         attend = (context + tokens + 1) * ROW / 1e10

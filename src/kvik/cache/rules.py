@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from kvik.cache.methods import Needs
 from kvik.cache.policy import Policy
 from kvik.cache.retention import Retention
 from kvik.cache.shape import LayerShape
@@ -195,7 +194,7 @@ def _retention(part: str, text: str) -> Retention:
                 f"spec {text!r}: 'relative' places sinks before a window, and rows that stay otherwise keep their own "
                 "positions; write 'window:1024,sinks:4,relative', or leave it out"
             )
-        return Retention(policy=_policy(part.strip(), text))
+        return Retention(policy=Policy.parse(part.strip(), text))
     for item in items:
         name, _, number = (piece.strip() for piece in item.partition(":"))
         if name not in ("window", "sinks"):
@@ -211,16 +210,6 @@ def _retention(part: str, text: str) -> Retention:
             f"spec {text!r}: sinks alone keep almost nothing; add a window, as in 'window:1024,sinks:{values['sinks']}'"
         )
     return Retention(values["window"], values.get("sinks", 0), relative=relative)
-
-
-def _policy(part: str, text: str) -> Policy:
-    policy = Policy.parse(part, text)
-    if Needs.PASS in policy.needs:
-        raise SpecError(
-            f"spec {text!r}: no cache runs {policy.method!r} yet, so nothing would leave; use a method that drops rows "
-            "by what it has seen, such as 'snapkv:25%' or 'keydiff:1024rows'"
-        )
-    return policy
 
 
 def _page_size(number: str, text: str) -> int:

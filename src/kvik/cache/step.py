@@ -269,8 +269,15 @@ class Step:
             extremes = table.extremes if start >= sequence.prompt else None  # a prompt's queries read everything
             members.append(Member(table.pages, table.logical, start, len(chunk), table.kept, extremes))
         retention = group.retention
-        members_ = tuple(members)
-        return Reads(group.layout, group.page_size, retention.window, retention.sinks, members_, select_of(group))
+        return Reads(
+            group.layout,
+            group.page_size,
+            retention.window,
+            retention.sinks,
+            tuple(members),
+            centre=self.cache.centres[index],
+            select=select_of(group),
+        )
 
 
 def _joined(results: list[tuple[list[int] | None, Partial]], heads: int) -> Partial:

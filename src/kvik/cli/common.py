@@ -68,12 +68,18 @@ def stdin() -> TextIO:
     return sys.stdin
 
 
-def check_spec(kv: str, *, allow_none: bool) -> None:
-    """Complains about a wrong spec before the model is loaded."""
+def check_spec(kv: str, *, allow_none: bool, evaluates: bool = False) -> None:
+    """Complains about a wrong spec before the model is loaded; about an oracle wherever nothing is evaluated."""
     from kvik.cache.spec import parse_rules
 
-    if not (allow_none and kv == "none") and kv != "tuned":  # what was tuned is known once the model is
-        parse_rules(kv)
+    if (allow_none and kv == "none") or kv == "tuned":  # what was tuned is known once the model is
+        return
+    policies = [rule.retention.policy for rule in parse_rules(kv)[0]]
+    for policy in policies if not evaluates else ():
+        if policy is not None:
+            from kvik.engine.reread import refuse_foresight
+
+            refuse_foresight(policy)
 
 
 @contextmanager
