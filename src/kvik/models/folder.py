@@ -23,7 +23,7 @@ from kvik.models.fields import brief
 from kvik.models.weights import Weight, check, read_file, read_safetensors, safetensors_files
 from kvik.ops.grouped import GroupQuantized
 
-FORMAT = 1  # of a prepared folder
+FORMAT = 2  # of a prepared folder
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the built-in model's file
 _NAMES = {SMOLLM2_SHA256: "SmolLM2-135M-Instruct"}  # the file calls itself "Smollm2 135M 8k Lc100K Mix1 Ep2"
 _WEIGHTS = "model.safetensors"
