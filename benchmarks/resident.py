@@ -14,9 +14,9 @@ gives back what it can (`malloc_trim`).
     arena      system pages of the cache's mapping that lie in memory (/proc/self/pagemap)
     grown      resident memory of the process above the ground (smaps_rollup: Rss; Anonymous beside it)
 
-Three moments: `before` the last chunk of the prompt settles, where rows leave when it does; `settled`; and `together`,
-once `Cache.resize` was asked for no more than the sequence's pages need: pages that leave are free at once, for any
-sequence, but a slab goes back to the system when its last page has left, and `resize` moves pages so that they do.
+Where rows leave at the prompt's end, a line `before` the last chunk settles stands above the one after. Resident memory
+lies between account and slabs, to within what the process needs for its own books. Before it has chosen, a policy that
+looks at the last queries holds them beside the rows: in no account, and gone once it has chosen.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ import numpy as np
 
 if TYPE_CHECKING:
     from kvik.cache.arena import Arena
-    from kvik.cache.cache import Cache
     from kvik.cache.sequence import Sequence
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
@@ -97,16 +96,6 @@ def sums(lines: Iterable[str]) -> dict[str, int]:
     return {name[:-1]: int(rest[0]) * 1024 for name, *rest in words if name.endswith(":") and rest[-1:] == ["kB"]}
 
 
-def needed(cache: Cache) -> int:
-    """Bytes that the pages which sequences hold take if they fill slabs, one class after another, and the tables."""
-    arena, total = cache.arena, 0
-    for size in arena.classes:
-        tables = [t for s in cache.sequences for t in s.tables if t.group.page_bytes == size]
-        pages = sum(len(table.held(0)[0]) for table in tables)
-        total += -(-pages // (arena.slab_bytes // size - 1)) * arena.slab_bytes
-    return total + arena.tables
-
-
 def one(kv: str, tokens: int, model_name: str, weights: str) -> dict[str, Any]:
     """Everything about one spec, measured in this process."""
     import kvik
@@ -129,10 +118,6 @@ def one(kv: str, tokens: int, model_name: str, weights: str) -> dict[str, Any]:
                     yield "before", sequence
                 sequence.settle()
             yield "settled", sequence
-            budget = cache.budget
-            cache.resize(needed(cache))
-            yield "together", sequence
-            cache.resize(budget)
 
     for _ in take_in():
         Memory.now(cache.arena)  # reading takes memory too
@@ -150,7 +135,7 @@ def one(kv: str, tokens: int, model_name: str, weights: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, MiB; moments at which nothing has left are left out."""
-    heads = ("formula", "account", "slabs", "arena", "grown", "anonymous", "grown - account")
+    heads = ("formula", "account", "slabs", "arena", "grown", "anonymous", "grown - account", "a page a lane")
     out = ["| spec | when | " + " | ".join(heads) + " |", "|---" * (len(heads) + 2) + "|"]
     for row in rows:
         leaves = row["moments"]["before"]["account"] != row["moments"]["settled"]["account"]
@@ -161,7 +146,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             apart = found["resident"] - found["account"]
             formula = "" if when == "before" else f"{row['formula'] / MIB:.2f}"
             share = f"{apart / MIB:+.2f} ({apart / found['account']:+.1%})"
-            out.append(f"| {row['spec']} | {when} | " + " | ".join([formula, *figures, share]) + " |")
+            page = f"{row['page_a_lane'] / MIB:.2f}"
+            out.append(f"| {row['spec']} | {when} | " + " | ".join([formula, *figures, share, page]) + " |")
     return "\n".join(out)
 
 

@@ -116,7 +116,7 @@ def test_the_tasks_agree_with_kvik_eval(folder, tmp_path):
     metadata = {"text": str(tmp_path / "my.txt"), "documents": 2, "words": 40}
     manager = TaskManager(include_path=str(tasks_folder()), metadata=metadata)
     found = lm_eval.simple_evaluate(
-        model="kvik", model_args={"model": str(folder), "kv": "int8", "weights": "f32"}, tasks=["kvik_perplexity"],
+        model="kvik", model_args=f"model={folder},kv=int8,weights=f32", tasks=["kvik_perplexity"],
         task_manager=manager, bootstrap_iters=0,
     )  # fmt: skip
     from kvik.eval.passages import cut

@@ -145,7 +145,9 @@ def test_settings_of_a_task_become_a_request(model):
     request = request_of(scorer, TEXT, {"until": ["\n", ""], "max_gen_toks": 30, "do_sample": False, "temperature": 1})
     assert request == Request(scorer.encode(TEXT)[-70:], 30, ("\n",), request.sampling)
     assert request.sampling.temperature == 0
-    assert request_of(scorer, "", {"until": "x", "max_tokens": 5}).prompt == [scorer.prefix]
+    assert request_of(scorer, "", {"until": "x", "max_tokens": 5, "top_p": None}).prompt == [scorer.prefix]
+    with pytest.raises(UsageError, match="top-p 0"):
+        request_of(scorer, "a", {"temperature": 1, "top_p": 0, "max_tokens": 5})
 
 
 def test_noise_follows_the_seed_of_torch(model):
@@ -174,6 +176,13 @@ def test_answers_come_in_the_order_of_the_questions(folder, model):
     assert harness.loglikelihood_rolling([asked("abc")], disable_tqdm=True) == [scorer.rolling(scorer.encode("abc"))]
     text = harness.generate_until([asked("abc", {"max_gen_toks": 4})], disable_tqdm=True)
     assert text == [scorer.go_on(request_of(scorer, "abc", {"max_gen_toks": 4}))]
+
+
+def test_a_models_arguments_go_over_lm_evals_settings(folder):
+    harness = Harness.create_from_arg_obj({"model": str(folder), "device": "cpu"}, {"device": "cuda", "batch_size": 1})
+    assert harness.scorer.model.device.type == "cpu"
+    with pytest.raises(UsageError, match="batch size 4"):
+        Harness.create_from_arg_obj({"model": str(folder)}, {"batch_size": 4, "device": None})
 
 
 def test_rows_that_wait_for_a_prompt_are_named(folder, capsys):

@@ -75,6 +75,21 @@ class Harness:
         self.scorer = Scorer(loaded, str(kv), memory=budget, longest=max_length)
         self._report: Report = lambda method, arguments, answer: None
 
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> Harness:
+        """lm-eval's way to make one: of its own settings, over which the model's arguments go."""
+        settings = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**settings | dict(arg_dict))
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> Harness:
+        """The same, of `key=value,key=value`."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
     def set_cache_hook(self, cache_hook: Any) -> None:
         """lm-eval's: where answers go as soon as they are there."""
         self._report = cache_hook.add_partial
@@ -159,14 +174,15 @@ def request_of(scorer: Scorer, context: str, settings: Mapping[str, Any]) -> Req
     known = {"until", "do_sample", "temperature", "top_p", "top_k", *LIMITS}
     if unknown := sorted(set(settings) - known):
         raise UsageError(f"gen_kwargs {unknown[0]!r}: kvik takes {', '.join(sorted(known))}; leave it out")
-    limit = int(next((settings[name] for name in LIMITS if settings.get(name) is not None), NEW_TOKENS))
+    given = {name: value for name, value in settings.items() if value is not None}
+    limit = int(next((given[name] for name in LIMITS if name in given), NEW_TOKENS))
     if not 1 <= limit < scorer.longest:
         raise UsageError(f"{limit:,} new tokens: texts may have {scorer.longest:,} in all; use a smaller max_gen_toks")
-    until = settings.get("until") or []
+    until = given.get("until", [])
     stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-    heat = float(settings.get("temperature") or 0) if settings.get("do_sample") is not False else 0.0
+    heat = float(given.get("temperature", 0)) if given.get("do_sample", True) else 0.0
     seed = int(torch.randint(2**32, (1,))) if heat else 0
-    sampling = Sampling(heat, float(settings.get("top_p", 1.0)), int(settings.get("top_k") or 0), seed)
+    sampling = Sampling(heat, float(given.get("top_p", 1)), int(given.get("top_k", 0)), seed)
     ids = scorer.encode(context) or [scorer.prefix]
     return Request(ids[-(scorer.longest - limit) :], limit, stops, sampling)
 
