@@ -27,6 +27,7 @@ from kvik.ops.layout import CODECS, Codec, RowLayout, Stream, nearest_codec
 
 PAGE_SIZE = 32
 TABLE_BYTES = 4  # a page table's entry
+MOST_CHARACTERS = 10_000  # half of the heads of 80 layers of 64, drawn at random, take 7,000 (`kvik heads`)
 _EXAMPLES = {"window": 1024, "sinks": 4}
 _SHORT = {"32": "f32", "16": "bf16", "8": "int8", "4": "int4"}
 
@@ -220,12 +221,14 @@ def parse_rules(text: str, page_size: int = PAGE_SIZE) -> tuple[list[Rule], int]
     Raises:
         SpecError: names the part that is wrong and what would be right there.
     """
-    if len(text) > 1000:
-        raise SpecError(f"spec {text[:40]!r}… has {len(text):,} characters; 1,000 are enough for any")
+    if len(text) > MOST_CHARACTERS:
+        raise SpecError(f"spec {text[:40]!r}… has {len(text):,} characters; {MOST_CHARACTERS:,} are enough for any")
     rules: list[Rule] = []
     given = None
+    parts = [p.strip() for p in text.split(";")]
+    text = text if len(text) <= 200 else text[:200] + "…"  # from here on for messages
     _page_size(str(page_size), text)
-    for part in (p.strip() for p in text.split(";")):
+    for part in parts:
         if match := re.fullmatch(r"page\s+(\S+)", part):
             if given is not None:
                 raise SpecError(f"spec {text!r}: two page sizes, {given} and {match[1]}; give one")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from kvik.bench.drawing import SOFT, WEIGHTS, WITH, WITHOUT, head, write
 from kvik.eval.results import Evaluation, Measured
 from kvik.eval.view import amount
+from kvik.eval.words import brief
 from kvik.units import format_bytes
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _mark(each: Measured) -> str:
 
 
 def _name(each: Measured) -> str:
-    return f"{each.spec}: 0" if each.kl == 0 else each.spec
+    return f"{brief(each.spec)}: 0" if each.kl == 0 else brief(each.spec)
 
 
 def _legend(axes: Axes, found: Evaluation) -> None:
