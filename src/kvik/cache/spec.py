@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import gcd
 
 from kvik.cache.methods import Needs
 from kvik.cache.policy import Policy
@@ -95,23 +96,38 @@ class Group:
         """Bytes of one page of one lane."""
         return self.page_size * self.layout.row_bytes
 
-    def kept_pages(self, tokens: int) -> int:
-        """Pages of rows that a policy kept, a lane on average, of a text of `tokens` tokens; 0 while none has left."""
-        rows, still = min(self.retention.rows(tokens), tokens), tokens % self.page_size
-        return 0 if self.retention.policy is None or rows == tokens else -(-max(rows - still, 0) // self.page_size)
+    def rows(self, tokens: int, prompt: int | None = None) -> int:
+        """Rows that a lane holds of a text of `tokens` tokens, on average, once settled; see `Policy.rows`."""
+        return self.retention.rows(tokens, prompt, self.page_size)
 
-    def pages(self, tokens: int) -> int:
-        """Pages that all lanes hold for a text of `tokens` tokens, once settled; under a policy to one page a lane."""
-        if kept := self.kept_pages(tokens):
-            return len(self.lanes) * (kept + (tokens % self.page_size > 0))
-        return len(self.lanes) * len(self.retention.live_pages(tokens, self.page_size))
+    def chosen(self, tokens: int, prompt: int | None = None) -> int | None:
+        """The last position up to `tokens` at which a policy let rows go; None = there was none."""
+        policy = self.retention.policy
+        fired = None if policy is None else policy.trigger.latest(tokens, tokens if prompt is None else prompt)
+        return None if fired is None or self.rows(fired, prompt) == fired else fired
 
-    def nbytes(self, tokens: int) -> Bytes:
-        """Bytes of one sequence of `tokens` tokens, once settled: pages, and the table that finds them."""
-        payload = len(self.lanes) * self.retention.rows(tokens) * self.layout.payload_bits // 8
-        columns, kept = self.pages(tokens) // len(self.lanes), self.kept_pages(tokens)
-        table = (len(self.lanes) + 1) * columns + len(self.lanes) * kept * self.page_size  # positions of kept rows
-        held = columns * len(self.lanes) * self.page_bytes + table * TABLE_BYTES
+    def nbytes(self, tokens: int, prompt: int | None = None, *, settled: bool = True) -> Bytes:
+        """Bytes of one sequence of `tokens` tokens: pages, and the table that finds them. Exact; under a policy whose
+        lanes share their rows, to a page a lane.
+
+        Args:
+            tokens: of the sequence.
+            prompt: how many of them are the prompt, at whose end a policy may choose; None = all.
+            settled: False: before a policy has let go of what the last token makes it choose from.
+        """
+        prompt, lanes, size = tokens if prompt is None else prompt, len(self.lanes), self.page_size
+        fired = self.chosen(tokens if settled else tokens - 1, prompt)
+        if fired is None:
+            rows, columns, kept = tokens, self.retention.pages(tokens, size), 0
+            rows = rows if self.retention.policy else self.rows(tokens)
+            table = (lanes + 1) * columns
+        else:
+            left = self.rows(fired, prompt)
+            kept, columns = -(-(left - fired % size) // size), -(-tokens // size) - fired // size
+            rows = left + tokens - fired
+            table = (lanes + 1) * columns + lanes * (kept + 1 + kept * size)  # pages, counts, positions of kept rows
+        payload = lanes * rows * self.layout.payload_bits // 8
+        held = lanes * (columns + kept) * self.page_bytes + table * TABLE_BYTES
         return Bytes(payload, held - payload)
 
     def __str__(self) -> str:
@@ -150,10 +166,24 @@ class Spec:
         printed = "; ".join([str(r) for r in rules] + ([f"page {page_size}"] if page_size != PAGE_SIZE else []))
         return cls(printed, groups, page_size)
 
-    def nbytes(self, tokens: int, batch: int = 1) -> Bytes:
-        """Bytes of `batch` sequences of `tokens` tokens each, once settled."""
-        each = sum((group.nbytes(tokens) for group in self.groups), Bytes(0, 0))
+    def nbytes(self, tokens: int, batch: int = 1, *, prompt: int | None = None, settled: bool = True) -> Bytes:
+        """Bytes of `batch` sequences of `tokens` tokens each; see `Group.nbytes`."""
+        each = sum((group.nbytes(tokens, prompt, settled=settled) for group in self.groups), Bytes(0, 0))
         return Bytes(batch * each.payload, batch * each.overhead)
+
+    def peak(self, tokens: int, prompt: int | None = None) -> Bytes:
+        """The most bytes of one sequence on its way to `tokens` tokens, settled after each: at the first row of a page,
+        or where a policy is about to choose, or has chosen: positions of kept rows take some too."""
+        prompt, size = tokens if prompt is None else prompt, self.page_size
+        times = {tokens, tokens - (tokens - 1) % size, min(prompt, tokens)}
+        for policy in (group.retention.policy for group in self.groups):
+            last = None if policy is None else policy.trigger.latest(tokens, prompt)
+            if policy is not None and last is not None:  # and those before, until they lie alike in their pages
+                every = policy.trigger.every or size
+                times |= {last - back * every for back in range(size // gcd(every, size))}
+        ways = [(at, settled) for at in times if at > 0 for settled in (False, True)]
+        found = [self.nbytes(at, prompt=prompt, settled=settled) for at, settled in ways]
+        return max(found, key=lambda size: size.allocated, default=Bytes(0, 0))
 
     @cached_property
     def fingerprint(self) -> str:
