@@ -18,42 +18,20 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
 
+from kvik.cache import sizes
 from kvik.cache.methods import Needs
 from kvik.cache.policy import Policy
 from kvik.cache.retention import Retention
+from kvik.cache.sizes import TABLE_BYTES as TABLE_BYTES
+from kvik.cache.sizes import Bytes as Bytes
 from kvik.errors import SpecError
 from kvik.ops.layout import CODECS, Codec, RowLayout, Stream, nearest_codec
 
 PAGE_SIZE = 32
-TABLE_BYTES = 4  # a page table's entry
 MOST_CHARACTERS = 10_000  # half of the heads of 80 layers of 64, drawn at random, take 7,000 (`kvik heads`)
 _EXAMPLES = {"window": 1024, "sinks": 4}
 _SHORT = {"32": "f32", "16": "bf16", "8": "int8", "4": "int4"}
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Three figures whose sum is exact.
-
-    Attributes:
-        payload: codes of the kept rows, by the formula Σ lanes · rows · widths · bits / 8.
-        overhead: scales, page tables (they hold the positions), open slots, rounding to pages; of a whole cache, also
-            rounding to slabs.
-        allocated: payload + overhead.
-    """
-
-    payload: int
-    overhead: int
-
-    @property
-    def allocated(self) -> int:
-        """What is really held: payload + overhead."""
-        return self.payload + self.overhead
-
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.payload + other.payload, self.overhead + other.overhead)
 
 
 @dataclass(frozen=True)
@@ -100,35 +78,9 @@ class Group:
         """Rows that a lane holds of a text of `tokens` tokens, on average, once settled; see `Policy.rows`."""
         return self.retention.rows(tokens, prompt, self.page_size)
 
-    def chosen(self, tokens: int, prompt: int | None = None) -> int | None:
-        """The last position up to `tokens` at which a policy let rows go; None = there was none."""
-        policy = self.retention.policy
-        fired = None if policy is None else policy.trigger.latest(tokens, tokens if prompt is None else prompt)
-        return None if fired is None or self.rows(fired, prompt) == fired else fired
-
     def nbytes(self, tokens: int, prompt: int | None = None, *, settled: bool = True) -> Bytes:
-        """Bytes of one sequence of `tokens` tokens: pages, and the table that finds them. Exact; under a policy whose
-        lanes share their rows, to a page a lane.
-
-        Args:
-            tokens: of the sequence.
-            prompt: how many of them are the prompt, at whose end a policy may choose; None = all.
-            settled: False: before a policy has let go of what the last token makes it choose from.
-        """
-        prompt, lanes, size = tokens if prompt is None else prompt, len(self.lanes), self.page_size
-        fired = self.chosen(tokens if settled else tokens - 1, prompt)
-        if fired is None:
-            rows, columns, kept = tokens, self.retention.pages(tokens, size), 0
-            rows = rows if self.retention.policy else self.rows(tokens)
-            table = (lanes + 1) * columns
-        else:
-            left = self.rows(fired, prompt)
-            kept, columns = -(-(left - fired % size) // size), -(-tokens // size) - fired // size
-            rows = left + tokens - fired
-            table = (lanes + 1) * columns + lanes * (kept + 1 + kept * size)  # pages, counts, positions of kept rows
-        payload = lanes * rows * self.layout.payload_bits // 8
-        held = lanes * (columns + kept) * self.page_bytes + table * TABLE_BYTES
-        return Bytes(payload, held - payload)
+        """Bytes of one sequence of `tokens` tokens; see `sizes.group_bytes`."""
+        return sizes.group_bytes(self, tokens, prompt, settled=settled)
 
     def __str__(self) -> str:
         streams = ", ".join(f"{s.name}[{s.width}] {s.codec.name}" for s in self.layout.streams)
@@ -174,16 +126,7 @@ class Spec:
     def peak(self, tokens: int, prompt: int | None = None) -> Bytes:
         """The most bytes of one sequence on its way to `tokens` tokens, settled after each: at the first row of a page,
         or where a policy is about to choose, or has chosen: positions of kept rows take some too."""
-        prompt, size = tokens if prompt is None else prompt, self.page_size
-        times = {tokens, tokens - (tokens - 1) % size, min(prompt, tokens)}
-        for policy in (group.retention.policy for group in self.groups):
-            last = None if policy is None else policy.trigger.latest(tokens, prompt)
-            if policy is not None and last is not None:  # and those before, until they lie alike in their pages
-                every = policy.trigger.every or size
-                times |= {last - back * every for back in range(size // gcd(every, size))}
-        ways = [(at, settled) for at in times if at > 0 for settled in (False, True)]
-        found = [self.nbytes(at, prompt=prompt, settled=settled) for at, settled in ways]
-        return max(found, key=lambda size: size.allocated, default=Bytes(0, 0))
+        return sizes.peak(self, tokens, prompt)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -287,7 +230,24 @@ def _selected(part: str, text: str) -> Rule:
 
 def _rule(part: str, text: str) -> Rule:
     codec, plus, kept = part.partition("+")
-    return Rule(_codecs(codec.strip(), text), _retention(kept, text) if plus else Retention())
+    try:
+        codecs = _codecs(codec.strip(), text)
+    except SpecError:
+        if plus or not _keeps(codec.strip()):
+            raise
+        raise SpecError(
+            f"spec {text!r}: {codec!r} says which rows stay, and not how they are stored; put a codec in front, as in "
+            f"'int8+{codec}'"
+        ) from None
+    return Rule(codecs, _retention(kept, text) if plus else Retention())
+
+
+def _keeps(part: str) -> bool:
+    """Whether it reads as a retention."""
+    try:
+        return bool(_retention(part, part))
+    except SpecError:
+        return False
 
 
 def _codecs(part: str, text: str) -> tuple[tuple[str, Codec], ...]:
