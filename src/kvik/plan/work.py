@@ -6,8 +6,8 @@ query-key pairs, a head     n(n+1)/2           n(n+1)(n+2)/6       each step ask
 rows read, a lane           n(n+1)/2           n(n+1)/2            the same: kept rows are still read every step
 weights read                n times            n times
 
-(full attention; a window w puts min(length, w) for the length.) A step without a cache is a step whose chunk is the
-whole text: one function counts both.
+(full attention; a window w puts min(length, w) for the length, a policy what stays of it.) A step without a cache is a
+step whose chunk is the whole text: one function counts both.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Arithmetic:
         row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers.
         head_weights: weights that a row is multiplied with whose logits are wanted.
         weight_bytes: of all of them as they are held.
+        prompt: tokens of the text that are its prompt, at whose end a policy may choose; None = all but a step's own.
     """
 
     spec: Spec
@@ -77,13 +78,14 @@ class Arithmetic:
     row_weights: int
     head_weights: int
     weight_bytes: int
+    prompt: int | None = None
 
     @classmethod
-    def of(cls, model: Model, kv: str = "bf16") -> Arithmetic:
+    def of(cls, model: Model, kv: str = "bf16", prompt: int | None = None) -> Arithmetic:
         """A loaded model's."""
         plain = model.spec("f32")
         shared = model.config.heads // model.config.kv_heads
-        return cls(model.spec(kv), plain, shared, model.row_weights, model.head_weights, model.nbytes)
+        return cls(model.spec(kv), plain, shared, model.row_weights, model.head_weights, model.nbytes, prompt)
 
     def step(self, tokens: int, *, cached: bool = True, chunk: int = 1, batch: int = 1) -> Work:
         """One step, at whose end each of `batch` sequences has `tokens` tokens.
@@ -91,19 +93,20 @@ class Arithmetic:
         Args:
             tokens: length, the new tokens included.
             cached: whether the rows of the earlier tokens are kept; if not, the chunk is the whole text.
-            chunk: new tokens of each sequence.
+            chunk: new tokens of each sequence; none passes a position at which a policy chooses (`cuts`).
             batch: sequences; the weights are read once for all of them.
         """
         spec = self.spec if cached else self.plain
         chunk = chunk if cached else tokens
+        prompt = tokens - chunk if self.prompt is None else self.prompt
         rows = pairs = attention = read = 0
         for group in spec.groups:
             lanes = len(group.lanes)
-            mine = lanes * self.shared * (_seen(group.retention, tokens) - _seen(group.retention, tokens - chunk))
+            mine = lanes * self.shared * _pairs(group, tokens, chunk, prompt)
             rows += lanes * chunk
             pairs += mine
             attention += 2 * mine * sum(stream.width for stream in group.layout.streams)
-            read += lanes * _read(group, tokens, chunk) * group.layout.row_bytes
+            read += lanes * _read(group, tokens, chunk, prompt) * group.layout.row_bytes
         products = 2 * (chunk * self.row_weights + self.head_weights)
         return Work(batch * rows, batch * pairs, batch * products, batch * attention, self.weight_bytes, batch * read)
 
@@ -114,6 +117,17 @@ class Arithmetic:
         for length in range(prefill + 1, tokens + 1):
             work += self.step(length, cached=cached)
         return work
+
+    def cuts(self, tokens: int, most: int) -> list[tuple[int, int]]:
+        """How a prompt goes in: (end, tokens) of chunks of so many at the most, cut where a policy chooses."""
+        found, start = [], 0
+        triggers = [group.retention.policy for group in self.spec.groups]
+        while start < tokens:
+            at = [it.next_trigger(start, tokens) for it in triggers if it is not None]
+            stop = min(start + most, tokens, *(each for each in at if each is not None))
+            found.append((stop, stop - start))
+            start = stop
+        return found
 
     @property
     def equal_work(self) -> int | None:
@@ -126,12 +140,14 @@ class Arithmetic:
         return self._first(lambda work: work.rows_read >= work.weights_read)
 
     def _first(self, reached: Callable[[Work], bool]) -> int | None:
-        high = 1
+        """The length from which on it holds. Where rows leave at a prompt's end it may hold for a while before."""
+        low = 0 if self.prompt is None or reached(self.step(self.prompt + 1)) else self.prompt
+        high = low + 1
         while not reached(self.step(high)):
             high *= 2
             if high > 1 << 40:
                 return None
-        return bisect_left(range(1, high + 1), True, key=lambda tokens: reached(self.step(tokens))) + 1
+        return bisect_left(range(low + 1, high + 1), True, key=lambda tokens: reached(self.step(tokens))) + low + 1
 
 
 def _seen(retention: Retention, tokens: int) -> int:
@@ -144,6 +160,16 @@ def _seen(retention: Retention, tokens: int) -> int:
     return most * (most + 1) // 2 + (tokens - most) * most
 
 
-def _read(group: Group, tokens: int, chunk: int) -> int:
+def _pairs(group: Group, tokens: int, chunk: int, prompt: int) -> int:
+    """Rows that a chunk's queries see, one query of each, added up. Each sees what is left of the tokens before it, and
+    itself."""
+    if group.retention.policy is None:
+        return _seen(group.retention, tokens) - _seen(group.retention, tokens - chunk)
+    return sum(group.rows(before, prompt) + 1 for before in range(tokens - chunk, tokens))
+
+
+def _read(group: Group, tokens: int, chunk: int, prompt: int) -> int:
     """Rows of a lane that a chunk's queries see together."""
-    return min(tokens, group.retention.rows(tokens) + chunk - 1)
+    if group.retention.policy is None:
+        return min(tokens, group.rows(tokens) + chunk - 1)
+    return group.rows(tokens - chunk, prompt) + chunk
