@@ -154,6 +154,27 @@ def test_a_bound_on_rows_holds_at_every_moment(ops):
     assert len(sequence) == 500
 
 
+def test_memory_that_a_choice_frees_goes_back(ops):
+    """Pages of a chunk lie lane by lane, so that what stays of each lane lies in every slab: it is moved together."""
+    layers = shapes(layers=4, heads=8)
+    toy, cache = Toy(layers), make_cache("f32+knorm:10%", layers, page=16, memory=64 << 20, shares=False)
+    other, sequence = cache.open(), cache.open(text(1000))
+    toy.run([(other, text(50))])
+    before = other.read(2)["k"].clone()
+    toy.run([(sequence, text(1000))])
+    held_before, rows = cache.arena.held, sequence.read(1)["k"].clone()
+    sequence.settle()
+    cache.check()
+    assert cache.arena.held < 0.3 * held_before
+    after = sequence.read(1)
+    for lane in range(8):
+        there = ~after["k"][lane].isnan().any(-1)
+        assert torch.equal(after["k"][lane][there], rows[lane][after["positions"][there]])
+    assert torch.equal(other.read(2)["k"], before)
+    out = feed(toy, sequence, text(20, 1))
+    assert bool(out.isfinite().all())
+
+
 def test_one_sequences_choice_does_not_hurt_another(ops):
     """Law 4: blocks that were found before stay whole; the sequence takes pages of its own."""
     layers = shapes(layers=2, heads=2)

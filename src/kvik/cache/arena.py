@@ -83,6 +83,12 @@ class Arena:
         """Bytes held: whole slabs, and the page tables beside them."""
         return self.slabs_used * self.slab_bytes + self.tables
 
+    @property
+    def scattered(self) -> bool:
+        """Whether so much is free in slabs that are held, a quarter of it, that moving pages together is worth it."""
+        free = sum(size * owner.free_pages for size, owner in self.classes.items())
+        return 4 * free >= self.slabs_used * self.slab_bytes
+
     def page_class(self, page_bytes: int) -> PageClass:
         """The pages of this size."""
         if page_bytes not in self.classes:

@@ -142,10 +142,10 @@ class Cache:
         available = memory_available() + self.arena.held if self.device.type == "cpu" else self.arena.capacity
         self._check_budget(memory, available)
         if self.arena.held > memory:
-            self._defragment()
+            self.defragment()
         while self.arena.held > memory:
             evicted = [self._evict() for _ in range(16)]
-            self._defragment()
+            self.defragment()
             if not any(evicted) and self.arena.held > memory:
                 held = self.arena.held
                 raise BudgetError(
@@ -330,7 +330,7 @@ class Cache:
             if hopeless or not self._evict():
                 if not (tidied or hopeless):
                     tidied = True
-                    self._defragment()
+                    self.defragment()
                     continue
                 cost, left = self.arena.cost(wanted, tables), max(self.budget - self.arena.held, 0)
                 raise BudgetError(
@@ -379,7 +379,7 @@ class Cache:
         table.pages[:, -1] = new
         self.arena.release(table.group.page_bytes, old)
 
-    def _defragment(self) -> None:
+    def defragment(self) -> None:
         """Empties slabs by moving pages together, and rewrites every table."""
         for page_bytes in self.arena.classes:
             moved = self.arena.defragment(page_bytes)

@@ -214,6 +214,8 @@ class Sequence:
                 gone += compress(self.cache, self, table, observed)
         if gone:
             self._floor, self._publishes = len(self.tokens), False
+            if self.cache.arena.scattered:
+                self.cache.defragment()
             self.cache.emit(events.Compressed(self.number, len(self.tokens), gone))
 
     def _check_trim(self, length: int) -> None:
