@@ -24,7 +24,7 @@ def run(monkeypatch, capsys, folder, kv, *options):
     return out, " ".join(line for line in told(errors))
 
 
-KEPT = {"int8+snapkv:25%": 68 + 4, "int8+h2o:50%": 136 + 4, "int8+window:30,sinks:4": 34, "int8+keydiff:64rows": 64 + 20}
+KEPT = {"int8+snapkv:25%": 72, "int8+h2o:50%": 140, "int8+window:30,sinks:4": 34, "int8+keydiff:64rows": 64 + 20}
 
 
 @pytest.mark.parametrize("kv", KEPT)
