@@ -1,6 +1,7 @@
 """The formulas of `plan.work` against sums that go through every query and every row."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,61 @@ def test_a_batch_reads_the_weights_once_and_everything_else_for_each():
     assert (eight.rows, eight.pairs, eight.rows_read) == (8 * one.rows, 8 * one.pairs, 8 * one.rows_read)
     assert eight.operations == 8 * one.operations
     assert eight.bytes_read == one.bytes_read + 7 * one.rows_read
+
+
+POLICIES = [
+    "int8+knorm:25%,sinks:1,recent:2", "int4+keydiff:9rows,sinks:1,recent:3,every:5; page 16",
+    "k8v4+h2o:40%,recent:2,every:4", "int8+window:5; layers 1 heads 0: bf16+knorm:50%,recent:2,sinks:0",
+]  # fmt: skip
+
+
+def walked(group, tokens, prompt):
+    """Rows that a lane holds before each token, one after the other, as a policy or a window lets them go."""
+    policy, held, found = group.retention.policy, 0, []
+    for seen in range(1, tokens + 1):
+        found.append(held)
+        held = group.rows(seen) if policy is None else held + 1
+        if policy is not None and policy.fires(seen, prompt, held):
+            least = policy.sinks + max(policy.recent, seen % group.page_size)
+            held = min(held, max(policy.budget_at(seen), least))
+    return found
+
+
+@pytest.mark.parametrize("prompt", [7, 20, 40])
+@pytest.mark.parametrize("kv", POLICIES)
+def test_steps_under_a_policy_are_sums_over_what_it_left(kv, prompt):
+    model = replace(arithmetic(kv), prompt=prompt)
+    groups = [(group, walked(group, 60, prompt)) for group in model.spec.groups]
+    for tokens in range(1, 61):
+        pairs = read = 0
+        for group, before in groups:
+            held = min(before[tokens - 1] + 1, group.rows(tokens)) if group.retention.window else before[tokens - 1] + 1
+            pairs += model.shared * len(group.lanes) * held
+            read += len(group.lanes) * held * group.layout.row_bytes
+        found = model.step(tokens)
+        assert (found.pairs, found.rows_read) == (pairs, read), tokens
+    assert model.text(60).pairs == sum(model.step(n).pairs for n in range(1, 61))
+    assert arithmetic(kv).step(41) == replace(model, prompt=40).step(41), "by default all before a step is its prompt"
+
+
+def test_a_prompt_goes_in_cut_where_a_policy_chooses():
+    assert arithmetic("bf16").cuts(10, 4) == [(4, 4), (8, 4), (10, 2)]
+    assert arithmetic("int8+knorm:25%").cuts(10, 4) == [(4, 4), (8, 4), (10, 2)]
+    kv = "int8+keydiff:40rows,every:5; layers 1: int8+keydiff:40rows,every:7"
+    assert arithmetic(kv).cuts(17, 4) == [(4, 4), (5, 1), (7, 2), (10, 3), (14, 4), (15, 1), (17, 2)]
+    chunks = arithmetic("int8+keydiff:9rows,sinks:1,recent:3,every:5; page 16").cuts(23, 64)
+    whole = [arithmetic("int8+keydiff:9rows,sinks:1,recent:3,every:5; page 16").step(end, chunk=n) for end, n in chunks]
+    assert sum(work.pairs for work in whole) == replace(arithmetic(POLICIES[1]), prompt=23).text(23).pairs
+
+
+@pytest.mark.parametrize(("kv", "prompt"), [(POLICIES[0], 30), (POLICIES[0], 200), ("bf16+knorm:10%,recent:2", 150)])
+@pytest.mark.parametrize("width", [8, 40])
+def test_equal_bytes_hold_from_there_on_though_rows_leave_in_between(kv, prompt, width):
+    model = replace(arithmetic(kv, width=width), prompt=prompt)
+    steps = [model.step(tokens) for tokens in range(1, 900)]
+    reached = [work.rows_read >= work.weights_read for work in steps]
+    last = max((at for at, enough in enumerate(reached) if not enough), default=-1)
+    assert model.equal_bytes == last + 2 and last < 800
 
 
 def search(reached):

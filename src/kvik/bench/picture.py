@@ -167,18 +167,18 @@ def _reads(axes: Axes, growth: Growth) -> None:
 
 
 def _memory(axes: Axes, growth: Growth) -> None:
-    spec, most, mib = growth.arithmetic.spec, _reach(growth), 2**20
-    each = spec.nbytes(growth.tokens).payload // growth.tokens
+    most, mib = _reach(growth), 2**20
+    each = growth.held(growth.tokens).payload // growth.tokens
     titled(
         axes,
         "What it costs: memory" if growth.bounded else f"What it costs: {each:,} bytes a token",
         "memory that the cache holds at length n, MiB",
     )
     weights = growth.arithmetic.weight_bytes / mib
-    top = max(weights, spec.nbytes(most).payload / mib) * 1.2
+    top = max(weights, growth.held(most).payload / mib) * 1.2
     lengths = range(0, most + 1, max(most // 128, 1))
     axes.plot(lengths, [weights] * len(lengths), color=WEIGHTS)
-    axes.plot(lengths, [spec.nbytes(length).payload / mib for length in lengths], color=WITH)
+    axes.plot(lengths, [growth.held(length).payload / mib for length in lengths], color=WITH)
     dots(axes, growth.lengths, [held.allocated / mib for held in growth.cached.held], WITH)
     label(axes, 0, weights, "all weights", WEIGHTS, dx=2, dy=3, va="bottom")
     last = growth.cached.held[-1].allocated

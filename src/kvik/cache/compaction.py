@@ -11,6 +11,7 @@ Where nobody else holds a lane's pages, its rows move within them: nothing is as
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -70,7 +71,9 @@ def _chosen(
         for layer, lanes in _layers(table):
             yield _seen(cache, sequence, table, observed, layer, lanes, positions[lanes], slots[lanes])
 
-    return apply(policy, seen())
+    # The open page stays as it is, so its rows count: what is chosen beside them keeps to the budget.
+    recent = policy.staying(len(sequence), table.group.page_size)
+    return apply(replace(policy, recent=recent), seen())
 
 
 def _layers(table: Table) -> list[tuple[int, slice]]:

@@ -188,16 +188,17 @@ class Policy:
             return int(tokens * self.budget.amount // 100)
         return tokens if self.pages is not None else int(self.budget.amount)
 
-    def rows(self, tokens: int, prompt: int | None = None) -> int:
+    def rows(self, tokens: int, prompt: int | None = None, page_size: int = 1) -> int:
         """Rows a lane holds of a text of `tokens` tokens, on average, once settled: exact where the allocator uses its
         whole budget, never too few.
 
         Args:
             tokens: of the text.
             prompt: how many of them are the prompt; None = all.
+            page_size: of pages that stay whole while they are open.
         """
         fired = self.trigger.latest(tokens, tokens if prompt is None else prompt)
-        return tokens if fired is None else self._left(fired) + tokens - fired
+        return tokens if fired is None else self._left(fired, page_size) + tokens - fired
 
     def peak(self, tokens: int, prompt: int | None = None) -> int:
         """The most rows a lane holds, on average, at any time until `tokens` tokens are seen."""
@@ -208,9 +209,13 @@ class Policy:
         before = self.rows(fired - 1, prompt) + 1
         return max(before, self.rows(tokens, prompt), prompt if self.trigger.when is When.PROMPT else 0)
 
-    def _left(self, fired: int) -> int:
+    def staying(self, fired: int, page_size: int) -> int:
+        """How many last positions stay whatever they score: `recent`, and no fewer than the open page has."""
+        return max(self.recent, fired % page_size)
+
+    def _left(self, fired: int, page_size: int = 1) -> int:
         """Rows a lane holds at most when the trigger has fired."""
-        return min(fired, max(self.budget_at(fired), self.sinks + self.recent))
+        return min(fired, max(self.budget_at(fired), self.sinks + self.staying(fired, page_size)))
 
     def __str__(self) -> str:
         name = self.method if self.allocator == "uniform" else f"{self.allocator}({self.method})"

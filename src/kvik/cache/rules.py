@@ -152,7 +152,24 @@ def _selected(part: str, text: str) -> Rule:
 
 def _rule(part: str, text: str) -> Rule:
     codec, plus, kept = part.partition("+")
-    return Rule(_codecs(codec.strip(), text), _retention(kept, text) if plus else Retention())
+    try:
+        codecs = _codecs(codec.strip(), text)
+    except SpecError:
+        if plus or not _keeps(codec.strip()):
+            raise
+        raise SpecError(
+            f"spec {text!r}: {codec!r} says which rows stay, and not how they are stored; put a codec in front, as in "
+            f"'int8+{codec}'"
+        ) from None
+    return Rule(codecs, _retention(kept, text) if plus else Retention())
+
+
+def _keeps(part: str) -> bool:
+    """Whether it reads as a retention."""
+    try:
+        return bool(_retention(part, part))
+    except SpecError:
+        return False
 
 
 def _codecs(part: str, text: str) -> tuple[tuple[str, Codec], ...]:

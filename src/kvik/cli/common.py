@@ -33,14 +33,11 @@ app = typer.Typer(
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="smollm2, a safetensors folder, a .gguf file, or a hub id.")
 ]
-KvOption = Annotated[
-    str,
-    typer.Option(
-        "--kv",
-        help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …, or tuned; "
-        "int8+window:1024,sinks:4,relative goes on past the model's context.",
-    ),
-]
+KV_HELP = (
+    "What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4, int8+snapkv:25% …; "
+    "int8+window:1024,sinks:4,relative goes on past the model's context"
+)
+KvOption = Annotated[str, typer.Option("--kv", help=f"{KV_HELP}; tuned.")]
 WeightsOption = Annotated[str, typer.Option("--weights", help="How weights are held: auto, f32, bf16, int8 or int4.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 MemoryOption = Annotated[str | None, typer.Option("--memory", help="Budget of the cache, such as 64MiB.")]
