@@ -189,6 +189,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--kv", default="|".join(SPECS), help="kvik's specs, with | between them")
+    parser.add_argument("--engines", default="llama.cpp|kvik", help="which of the two")
     parser.add_argument("--peers", type=Path, default=HERE.parent / ".peers")
     parser.add_argument("--gguf", type=Path, help="by default the SmolLM2 beside the engines")
     parser.add_argument("--json", type=Path)
@@ -204,10 +205,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         wide = Llama(python, widened(gguf, Path(folder) / "f32.gguf"), texts)
         own = Llama(python, gguf, texts)
-        parts = (
-            llama_rows(wide, "f32", f32), kvik_rows(gguf, "f32", texts, f32, specs),
-            llama_rows(own, "Q4_1", f32), kvik_rows(gguf, "int4", texts, f32, specs),
-        )  # fmt: skip
+        every = {
+            "llama.cpp": (llama_rows(wide, "f32", f32), llama_rows(own, "Q4_1", f32)),
+            "kvik": (kvik_rows(gguf, "f32", texts, f32, specs), kvik_rows(gguf, "int4", texts, f32, specs)),
+        }
+        parts = [part for engine in options.engines.split("|") for part in every[engine]]
         rows = []
         for row in chain.from_iterable(parts):
             rows.append(row)
