@@ -52,6 +52,7 @@ struct Form {
 
 // Slots are cut here, whatever the batch. A tile is computed whole by one thread; tiles merge in order.
 constexpr int TILE = 256;
+constexpr int TOGETHER = 16;   // pages whose keys' extremes lie side by side
 constexpr int MAX_WIDTH = 512; // up to here sums of 16-bit times 8-bit products fit 32 bits
 
 // Some consecutive queries of one sequence, and the query heads that share one lane: row m is query m / shared.
@@ -111,6 +112,9 @@ struct AttendKernels {
     int64_t (*part_floats)(const Block &);
     // Adds to mass what each slot, of kept pages and then of the table's, received from the rows, whose lse is known.
     void (*mass)(const Block &, float *mass);
+    // How large a product with one of a lane's queries a page's keys can have, for each page: `choose.inc`. Room for
+    // whole runs of TOGETHER scores.
+    void (*bounds)(const uint16_t *extremes, int width, int64_t pages, const float *q, int shared, float *scores);
     // Reads memory and does next to nothing with it: what streaming costs.
     uint64_t (*read)(const uint8_t *from, int64_t bytes);
 };

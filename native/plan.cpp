@@ -88,12 +88,16 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
     const auto &kernels = kvik::kernels().attend;
     const int64_t heads = int64_t(lanes) * shared, width = form_.v.width;
     std::vector<Work> works;
+    std::vector<Choice> choices;
     const int64_t most = std::max(1, ROWS / shared);
     int64_t token = 0, tiles = 0;
     for (const Member &member : members_) {
         // Blocks start at fixed positions: how a text is cut decides nothing but who shares a load.
-        for (int64_t at = 0; at < member.count; at += most) {
-            const int queries = int(std::min(most, member.count - at));
+        const bool chooses = member.extremes && first >= select_.dense;
+        const int64_t step = chooses ? 1 : most, blocks = (member.columns + TOGETHER - 1) / TOGETHER;
+        for (int64_t at = 0; at < member.count; at += step) {
+            const int queries = int(std::min(step, member.count - at));
+            const auto span = chooses ? select_.span(member.start + at, form_.page_size) : std::nullopt;
             for (int lane = 0; lane < lanes; ++lane) {
                 Block b = block(member, first + lane, at, queries);
                 const int64_t row = token + at, head = int64_t(lane) * shared;
@@ -103,12 +107,20 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
                 b.bias = options.bias ? options.bias + head * options.reach : nullptr, b.reach = options.reach;
                 b.out = out + (row * heads + head) * width, b.out_stride = heads * width;
                 b.lse = lse ? lse + row * heads + head : nullptr, b.lse_stride = heads;
+                if (span)
+                    choices.push_back({int64_t(works.size()), *span,
+                                       member.extremes + (first + lane) * blocks * 2 * TOGETHER * form_.k.width});
                 works.push_back({b, 1, -1, &member, lane});
-                tiles += b.tiles();
             }
         }
         token += member.count;
     }
+    std::vector<Block *> open;
+    for (const Choice &choice : choices)
+        open.push_back(&works[choice.block].block);
+    const std::vector<int32_t> chosen = choose(choices, open);
+    for (const Work &work : works)
+        tiles += work.block.tiles();
     const int64_t wanted = threads() == 1 ? 1 : int64_t(threads()) * SHARES;
     const int64_t share = std::max<int64_t>(1, tiles / wanted);
     struct Task {
@@ -148,8 +160,22 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
             const int64_t slots = (member.kept_columns + member.columns) * form_.page_size, lane = task % lanes;
             for (const Work &work : works)
                 if (work.member == &member && work.lane == lane)
-                    kernels.mass(work.block, masses[task / lanes] + lane * slots);
+                    mass(work.block, member, masses[task / lanes] + lane * slots);
         });
+}
+
+void Plan::mass(const Block &block, const Member &member, float *mass) const {
+    const auto &kernels = kvik::kernels().attend;
+    if (!block.kept || member.kept)
+        return kernels.mass(block, mass);
+    const int64_t size = form_.page_size; // a block that chose: back to where its pages stand in the member's table
+    std::vector<float> mine(size_t((block.kept_columns + block.columns) * size));
+    kernels.mass(block, mine.data());
+    for (int64_t c = 0; c < block.kept_columns + block.columns; ++c) {
+        const int64_t page = c < block.kept_columns ? block.kept_at[c * size] / size : block.logical[c - block.kept_columns];
+        for (int64_t slot = 0; slot < size; ++slot)
+            mass[page * size + slot] += mine[c * size + slot];
+    }
 }
 
 void compact(uint8_t *pages, const Form &form, const int64_t *source, const int64_t *target, int64_t count) {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "choose.h"
 
 namespace kvik {
 
@@ -12,6 +13,7 @@ struct Member {
     int64_t columns, start, count;
     const int32_t *kept, *kept_rows, *kept_at; // [lanes][kept_columns], [lanes], [lanes][kept_columns * page size]
     int64_t kept_columns;
+    const uint16_t *extremes; // [lanes][blocks][2][k.width][TOGETHER]: its queries choose their pages by them; or null
 };
 
 struct Rows { // f32, the last axis without gaps; strides in floats
@@ -28,8 +30,10 @@ struct Options {
 class Plan {
   public:
     // centre: null, or f32 [lanes][k.width], subtracted from keys before they are encoded; held by the caller.
-    Plan(uint8_t *pages, const Form &form, int64_t window, int64_t sinks, const float *centre, std::vector<Member> members)
-        : pages_(pages), form_(form), window_(window), sinks_(sinks), centre_(centre), members_(std::move(members)) {}
+    Plan(uint8_t *pages, const Form &form, int64_t window, int64_t sinks, const float *centre,
+         std::vector<Member> members, Select select)
+        : pages_(pages), form_(form), window_(window), sinks_(sinks), centre_(centre), members_(std::move(members)),
+          select_(select) {}
 
     // Rows of lanes first, first + 1, … of every new token.
     void append(int first, int lanes, const Rows &k, const Rows &v) const;
@@ -41,12 +45,14 @@ class Plan {
 
   private:
     Block block(const Member &member, int lane, int64_t at, int queries) const;
+    void mass(const Block &block, const Member &member, float *mass) const; // adds, to places of the member's
 
     uint8_t *pages_;
     Form form_;
     int64_t window_, sinks_;
     const float *centre_;
     std::vector<Member> members_;
+    Select select_;
 };
 
 // Moves rows, codes verbatim, between slots (page * page size + place): as if all were read before any is written.

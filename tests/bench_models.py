@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 import kvik.cli
 from kvik.cli.common import NO_KERNELS
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 
 SIZES = {"vocab_size": 258, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2}
@@ -25,7 +25,7 @@ def tiny(window=None):
         theirs = LlamaForCausalLM(LlamaConfig(**SIZES))
     else:
         theirs = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window))
-    return Model(Config.from_hf(theirs.config.to_dict(), None, "tiny"), theirs.state_dict(), weights="f32")
+    return Model(families.from_hf(theirs.config.to_dict(), None, "tiny"), theirs.state_dict(), weights="f32")
 
 
 def ids(count):

@@ -174,7 +174,11 @@ def test_the_grid_goes_from_one_to_the_longest_and_has_its_half(longest):
 def test_json_has_what_was_measured_and_predicted(measured):
     facts = json.loads(json.dumps(measured.to_dict(), allow_nan=False))
     assert facts["tokens"] == 70 and facts["rounds"] == 2 and facts["spec"] == "bf16"
-    assert facts["weights"] == {"format": "f32", "bytes": measured.arithmetic.weight_bytes}
+    assert facts["weights"] == {
+        "format": "f32",
+        "bytes": measured.arithmetic.weight_bytes,
+        "read": measured.arithmetic.read_bytes,
+    }
     assert facts["environment"]["torch"] == torch.__version__ and facts["environment"]["threads"] >= 1
     for name in ("with_cache", "without"):
         assert [each["tokens"] for each in facts[name]["lengths"]] == list(measured.lengths)

@@ -21,7 +21,7 @@ from helpers import (
     text,
 )
 from kvik import events
-from kvik.cache import prefix
+from kvik.cache import prefix, pressure
 from kvik.cache.arena import Arena
 from kvik.cache.cache import Cache
 from kvik.cache.prefix import PrefixIndex
@@ -339,10 +339,10 @@ def test_a_window_needs_its_last_rows_and_sinks_and_no_others():
     blocks = list(cache.index)
     by_start = {block.start: block for block in blocks}
     for start in (32, 64, 96, 128, 160):  # 288 - 64 = 224: neither sinks nor window
-        cache._drop(by_start[start], [0])
+        pressure.drop(cache, by_start[start], [0])
     assert cache.open(tokens).cached == 288
     assert cache.open(tokens[:200]).cached == 32, "the longest chain whose rows are all there"
-    cache._drop(by_start[0], [0])
+    pressure.drop(cache, by_start[0], [0])
     assert cache.open(tokens).cached == 0, "no sinks"
     cache.check()
 

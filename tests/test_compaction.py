@@ -12,7 +12,7 @@ from kvik.cache import compaction
 from kvik.cache.policy import apply
 from kvik.engine.generation import prefill
 from kvik.errors import BudgetError, SequenceError
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.models.watch import Watch
 
@@ -277,6 +277,31 @@ def test_attention_mass_is_what_dense_attention_gives(ops):
         torch.testing.assert_close(mass[lane], scores.softmax(-1).sum((0, 1)), atol=1e-3, rtol=1e-3)
 
 
+def mass_of(*ways):
+    """Attention mass after 40 tokens, 30 more not settled yet, these ways of going on, and all of it settled."""
+    toy, cache, sequence = opened("f32+h2o:50%", prompt=90, shares=False)
+    feed(toy, sequence, text(40))
+    toy.run([(sequence, text(30, 1))])
+    for way in ways:
+        if way == "failed":
+            with contextlib.suppress(ZeroDivisionError), sequence.append(text(9, 2)) as step:
+                toy.append(step, 0)
+                step.attend(0, toy.row("q", 0, step.tokens, step.positions), scale=SCALE)
+                raise ZeroDivisionError
+        elif way == "forked":
+            sequence = sequence.fork()
+        else:
+            sequence.settle(30)
+    sequence.settle()
+    cache.check()
+    return sequence._observed[0].mass
+
+
+@pytest.mark.parametrize("way", ["failed", "accepted", "forked"])
+def test_what_earlier_steps_saw_stays_pending(way, ops):
+    assert torch.equal(mass_of(way), mass_of())
+
+
 def test_attention_mass_moves_with_its_rows(ops):
     toy, _, sequence = opened("f32+h2o:50%,every:40", prompt=160, shares=False)
     feed(toy, sequence, text(160))
@@ -300,7 +325,7 @@ def test_the_wrong_rows_are_seen(monkeypatch, plain):
 def test_a_model_shows_its_queries_though_layers_are_single_calls(policy):
     """What a policy keeps does not depend on how much of a layer is one call."""
     theirs = LlamaForCausalLM(LlamaConfig(**SIZES))
-    config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
+    config = families.from_hf(theirs.config.to_dict(), None, "tiny")
     model, found = Model(config, theirs.state_dict(), weights="int4"), []
     for watch in (None, Watch):
         sequence = model.cache(f"int8+{policy}; page 16", shares=False).open(text(90))

@@ -13,7 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from kvik.errors import ConfigError
-from kvik.models.config import Config, Rope
+from kvik.models import families
+from kvik.models.rope import Rope
 
 SMALL = {
     "model_type": "llama",
@@ -67,7 +68,7 @@ ROPES = {
 def test_frequencies_equal_those_of_transformers(name, theta):
     settings = {**ROPES[name], "rope_theta": theta}
     reference = LlamaConfig(**{**SMALL, "head_dim": 64, "rope_parameters": dict(settings)})
-    rope = Config.from_hf({**SMALL, "head_dim": 64, "rope_parameters": settings}, None, "small").rope
+    rope = families.from_hf({**SMALL, "head_dim": 64, "rope_parameters": settings}, None, "small").rope
     kind = settings["rope_type"]
     init = ROPE_INIT_FUNCTIONS.get(kind, LlamaRotaryEmbedding.compute_default_rope_parameters)
     expected, expected_attention = init(reference)
@@ -89,15 +90,15 @@ def test_explicit_factors_divide_the_frequencies_and_give_llama3_again():
     assert max(factors) > 7
     torch.testing.assert_close(Rope(500_000.0, 16, factors=factors).frequencies()[0], expected, rtol=1e-12, atol=0)
     fields = {**GGUF, "llama.rope.freq_base": 500_000.0, "GGUF.rope_freqs": factors}
-    torch.testing.assert_close(Config.from_gguf(fields).rope.frequencies()[0], expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(families.from_gguf(fields).rope.frequencies()[0], expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_old_and_new_forms_of_rope_settings_give_the_same_rope(key):
     old = {**SMALL, "rope_theta": 50_000.0, "rope_scaling": {key: "linear", "factor": 2.0}}
     new = {**SMALL, "rope_parameters": {"rope_theta": 50_000.0, "rope_type": "linear", "factor": 2.0}}
-    assert Config.from_hf(old, None, "x") == Config.from_hf(new, None, "x")
-    assert Config.from_hf(old, None, "x").rope == Rope(50_000.0, 16, "linear", 2.0)
+    assert families.from_hf(old, None, "x") == families.from_hf(new, None, "x")
+    assert families.from_hf(old, None, "x").rope == Rope(50_000.0, 16, "linear", 2.0)
 
 
 @pytest.mark.parametrize(
@@ -118,14 +119,14 @@ def test_old_and_new_forms_of_rope_settings_give_the_same_rope(key):
 )
 def test_rope_settings_that_kvik_does_not_know_are_refused_in_one_line(rope):
     with pytest.raises(ConfigError) as caught:
-        Config.from_hf({**SMALL, "rope_parameters": rope}, None, "small")
+        families.from_hf({**SMALL, "rope_parameters": rope}, None, "small")
     assert "\n" not in str(caught.value)
 
 
 def test_two_different_rope_settings_are_refused():
     two = {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "linear", "factor": 2.0}}
     with pytest.raises(ConfigError, match="rope_scaling"):
-        Config.from_hf({**SMALL, **two}, None, "small")
+        families.from_hf({**SMALL, **two}, None, "small")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_llama_shapes_and_windows_equal_those_of_a_saved_model(config_class, mod
     source.pop("model_type")
     model = model_class(config_class(**source))
     model.save_pretrained(tmp_path)
-    config = Config.from_hf(json.loads((tmp_path / "config.json").read_text()), None, "tiny")
+    config = families.from_hf(json.loads((tmp_path / "config.json").read_text()), None, "tiny")
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if config.tied_embeddings:
         del shapes["lm_head.weight"]
@@ -155,35 +156,34 @@ def test_llama_shapes_and_windows_equal_those_of_a_saved_model(config_class, mod
 @pytest.mark.parametrize("changes", [{}, {"n_inner": 48, "tie_word_embeddings": False}])
 def test_gpt2_shapes_equal_those_of_transformers(changes):
     source = {**GPT2, **changes, "eos_token_id": 3, "bos_token_id": 3}
-    config = Config.from_hf(source, None, "tiny")
+    config = families.from_hf(source, None, "tiny")
     model = GPT2LMHeadModel(GPT2Config(**{k: v for k, v in source.items() if k != "model_type"}))
     shapes = {name.removeprefix("transformer."): tuple(t.shape) for name, t in model.state_dict().items()}
     if config.tied_embeddings:
         del shapes["lm_head.weight"]
     assert config.tensor_shapes() == shapes
     assert config.ffn == changes.get("n_inner", 128)
-    assert config.rope is None
 
 
 def test_mistral_without_a_sliding_window_key_has_transformers_default():
-    config = Config.from_hf({**SMALL, "model_type": "mistral"}, None, "m")
+    config = families.from_hf({**SMALL, "model_type": "mistral"}, None, "m")
     assert config.windows == (MistralConfig().sliding_window,) * 2
 
 
 def test_every_end_id_of_both_files_is_kept_once():
-    config = Config.from_hf({**SMALL, "eos_token_id": [2, 5]}, {"eos_token_id": [5, 7]}, "x")
+    config = families.from_hf({**SMALL, "eos_token_id": [2, 5]}, {"eos_token_id": [5, 7]}, "x")
     assert config.eos_ids == (2, 5, 7)
-    assert Config.from_hf({**SMALL, "eos_token_id": None}, None, "x").eos_ids == ()
+    assert families.from_hf({**SMALL, "eos_token_id": None}, None, "x").eos_ids == ()
 
 
 @pytest.mark.parametrize("missing", [k for k in SMALL if k not in ("eos_token_id", "bos_token_id")])
 def test_a_missing_key_is_named_unless_transformers_has_a_default(missing):
     values = {k: v for k, v in SMALL.items() if k != missing}
     if missing == "num_key_value_heads":
-        assert Config.from_hf(values, None, "x").kv_heads == 4
+        assert families.from_hf(values, None, "x").kv_heads == 4
     else:
         with pytest.raises(ConfigError, match=missing):
-            Config.from_hf(values, None, "x")
+            families.from_hf(values, None, "x")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_missing_key_is_named_unless_transformers_has_a_default(missing):
 )
 def test_a_value_that_cannot_be_is_refused_in_one_short_line(key, value):
     with pytest.raises(ConfigError) as caught:
-        Config.from_hf({**SMALL, key: value}, None, "x")
+        families.from_hf({**SMALL, key: value}, None, "x")
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 300
@@ -239,17 +239,17 @@ def test_a_value_that_cannot_be_is_refused_in_one_short_line(key, value):
 )
 def test_gpt2_variants_that_kvik_does_not_compute_are_refused(key, value):
     with pytest.raises(ConfigError, match=key):
-        Config.from_hf({**GPT2, key: value}, None, "x")
+        families.from_hf({**GPT2, key: value}, None, "x")
 
 
 def test_gguf_fields_give_the_same_decoder_as_config_json():
-    from_gguf, from_hf = Config.from_gguf({**GGUF, "general.name": "x"}), Config.from_hf(SMALL, None, "x")
+    from_gguf, from_hf = families.from_gguf({**GGUF, "general.name": "x"}), families.from_hf(SMALL, None, "x")
     differing = {"tied_embeddings", "eos_ids", "bos_id"}
     assert {k: v for k, v in vars(from_gguf).items() if k not in differing} == {
         k: v for k, v in vars(from_hf).items() if k not in differing
     }
     assert from_gguf.tied_embeddings
-    assert not Config.from_gguf({**GGUF, "GGUF.tensors": ("output.weight",)}).tied_embeddings
+    assert not families.from_gguf({**GGUF, "GGUF.tensors": ("output.weight",)}).tied_embeddings
 
 
 def test_gguf_end_ids_come_from_both_keys_and_from_known_control_tokens():
@@ -259,7 +259,7 @@ def test_gguf_end_ids_come_from_both_keys_and_from_known_control_tokens():
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.eot_token_id": 4,
     }
-    assert Config.from_gguf({**GGUF, **fields}).eos_ids == (2, 4, 0)  # <|eot_id|> is no control token here
+    assert families.from_gguf({**GGUF, **fields}).eos_ids == (2, 4, 0)  # <|eot_id|> is no control token here
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_gguf_end_ids_come_from_both_keys_and_from_known_control_tokens():
     ids=["none", "linear", "scale_linear", "yarn"],
 )
 def test_gguf_rope_scaling_is_read(fields, rope):
-    assert Config.from_gguf({**GGUF, **fields}).rope == rope
+    assert families.from_gguf({**GGUF, **fields}).rope == rope
 
 
 @pytest.mark.parametrize(
@@ -301,16 +301,16 @@ def test_gguf_rope_scaling_is_read(fields, rope):
 )
 def test_gguf_fields_that_cannot_be_are_refused_in_one_line(key, value):
     with pytest.raises(ConfigError) as caught:
-        Config.from_gguf({**GGUF, key: value})
+        families.from_gguf({**GGUF, key: value})
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_a_config_survives_json(name):
-    config = Config.from_hf({**SMALL, "rope_parameters": ROPES[name]}, None, "x")
-    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
-    gpt2 = Config.from_hf(GPT2, None, "x")
-    assert Config.from_json(json.loads(json.dumps(gpt2.to_json()))) == gpt2
+    config = families.from_hf({**SMALL, "rope_parameters": ROPES[name]}, None, "x")
+    assert families.from_json(json.loads(json.dumps(config.to_json()))) == config
+    gpt2 = families.from_hf(GPT2, None, "x")
+    assert families.from_json(json.loads(json.dumps(gpt2.to_json()))) == gpt2
 
 
 JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers()))
@@ -320,9 +320,9 @@ JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(m
 @given(st.data())
 def test_a_damaged_config_gives_a_config_or_a_config_error_and_nothing_else(data):
     for parse, base in (
-        (lambda v: Config.from_hf(v, None, "x"), {**SMALL, "rope_parameters": ROPES["yarn"]}),
-        (Config.from_gguf, GGUF),
-        (Config.from_json, Config.from_hf(SMALL, None, "x").to_json()),
+        (lambda v: families.from_hf(v, None, "x"), {**SMALL, "rope_parameters": ROPES["yarn"]}),
+        (families.from_gguf, GGUF),
+        (families.from_json, families.from_hf(SMALL, None, "x").to_json()),
     ):
         key = data.draw(st.sampled_from(sorted(base)))
         with contextlib.suppress(ConfigError):

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvik.engine.generation import Generation, Request, generate, prefill
 from kvik.engine.sampling import Sampling, choose
 from kvik.errors import ContextError, UsageError
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.models.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ def model(tmp_path_factory):
     theirs = LlamaForCausalLM(
         LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=list(EOS))
     )
-    config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
+    config = families.from_hf(theirs.config.to_dict(), None, "tiny")
     return Model(config, theirs.state_dict(), weights="f32", tokenizer=Tokenizer(folder))
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kvik.errors import ContextError, UsageError
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.models.watch import Watch
 from kvik.ops.loader import native
@@ -55,7 +55,7 @@ def pair(request):
 
 
 def ours(theirs, weights="f32"):
-    config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
+    config = families.from_hf(theirs.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
     return Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights=weights)
 

@@ -146,11 +146,11 @@ def test_a_part_is_taken_once_when_the_prompt_ends():
     policy = Policy.parse("snapkv:25%")
     assert policy.trigger == Trigger(When.PROMPT)
     assert [policy.fires(at, 200, at) for at in (0, 128, 199, 200, 201, 400)] == [False] * 3 + [True] + [False] * 2
-    assert [policy.next_trigger(at, 200) for at in (0, 199, 200, 300)] == [200, 200, None, None]
+    assert [policy.next_trigger(at, 200, 32) for at in (0, 199, 200, 300)] == [200, 200, None, None]
     assert policy.budget_at(203) == 50
     assert (policy.rows(200), policy.rows(300, 200), policy.rows(100, 200), policy.rows(20)) == (50, 150, 100, 20)
     assert (policy.peak(200), policy.peak(260, 200), policy.peak(400, 200)) == (200, 200, 250)
-    assert not policy.fires(200, None, 200) and policy.next_trigger(5, None) is None
+    assert not policy.fires(200, None, 200) and policy.next_trigger(5, None, 32) is None
     assert not policy.fires(200, 200, 50), "nothing to drop"
     assert Policy.parse("snapkv:100%").fires(200, 200, 200) is False
 
@@ -158,7 +158,7 @@ def test_a_part_is_taken_once_when_the_prompt_ends():
 def test_and_again_at_every_so_many_positions_after_it():
     policy = Policy.parse("snapkv:25%,every:100")
     assert [at for at in range(1, 700) if policy.fires(at, 250, at)] == [250, 350, 450, 550, 650]
-    assert [policy.next_trigger(at, 250) for at in (0, 250, 349, 350)] == [250, 350, 350, 450]
+    assert [policy.next_trigger(at, 250, 32) for at in (0, 250, 349, 350)] == [250, 350, 350, 450]
     assert (policy.rows(449, 250), policy.rows(450, 250)) == (87 + 99, 112)
 
 
@@ -166,14 +166,15 @@ def test_a_bound_on_rows_is_looked_at_everywhere():
     policy = Policy.parse("keydiff:1024rows")
     assert [at for at in range(2000) if policy.fires(at, 999, 1025)] == list(range(128, 2000, 128))
     assert not policy.fires(1280, None, 1024)
-    assert [policy.next_trigger(at, None) for at in (0, 127, 128)] == [128, 128, 256]
+    assert [policy.next_trigger(at, None, 32) for at in (0, 127, 128)] == [128, 128, 256]
     assert (policy.rows(1100), policy.rows(1152), policy.rows(5000), policy.peak(9999)) == (1100, 1024, 1032, 1152)
 
 
 def test_a_way_to_read_drops_nothing():
     policy = Policy.parse("quest:16pages")
     assert not any(policy.fires(at, 128, at) for at in range(300))
-    assert (policy.next_trigger(5, 128), policy.rows(999), policy.peak(999)) == (None, 999, 999)
+    assert [policy.next_trigger(at, 100, 32) for at in (5, 100, 128)] == [100, 128, 160]
+    assert (policy.rows(999), policy.peak(999)) == (999, 999)
 
 
 @functools.cache
@@ -201,7 +202,7 @@ def simulate(policy, tokens, prompt, chunk, layers=2, lanes=2):
     """A run over a text: (positions that each lane holds at the end, rows a lane on average after each event)."""
     held, counts, position = [[[] for _ in range(lanes)] for _ in range(layers)], [], 0
     while position < tokens:
-        stop = min(position + chunk, policy.next_trigger(position, prompt) or tokens, tokens)
+        stop = min(position + chunk, policy.next_trigger(position, prompt, 32) or tokens, tokens)
         for lane in itertools.chain(*held):
             lane += range(position, stop)
         position = stop

@@ -3,6 +3,7 @@
 import pytest
 
 from helpers import TOY, cache_of, text
+from kvik.cache import pressure
 from kvik.errors import SequenceError
 
 
@@ -21,7 +22,7 @@ def test_a_block_without_pages_is_completed_by_the_next_that_computes_it():
     assert cache.open([*tokens, 1]).cached == len(tokens)
     blocks = sorted(cache.index, key=lambda block: block.start)
     for block in blocks[-3:]:  # as if pressure had taken what every window has passed
-        cache._drop(block, [0])
+        pressure.drop(cache, block, [0])
     again = fill(cache, [*tokens, 1])
     assert again.cached < len(tokens)
     again.close()

@@ -9,7 +9,6 @@ import torch
 
 from kvik.cache import weigh
 from kvik.cache.methods import Needs
-from kvik.cache.quest import PageBounds, choose_pages, upper_bounds
 from kvik.cache.scorers import METHODS, recalled
 from kvik.cache.seen import Seen
 from kvik.cache.streaming import far_sight
@@ -193,6 +192,7 @@ CASES = [
     ("h2o", slow_h2o, {}, {}),
     ("observed", slow_observed, {}, {}),
     ("kvzip", slow_kvzip, {}, {}),
+    ("oracle", slow_kvzip, {}, {}),
     ("expected", slow_expected, {}, {"queries": 20}),
     ("expected", slow_expected, {"ahead": 7, "skip": 12, "epsilon": 0.05}, {}),
     ("expected", slow_expected, {}, {"rotary": False, "shared": 3}),
@@ -231,7 +231,7 @@ def test_blocks_of_queries_and_rows_do_not_show(name, slow, monkeypatch):
 def test_every_scorer_has_a_case_and_a_paper():
     assert {name for name, *_ in CASES} == {*SCORING, "chunk(knorm)"} - {"random"}
     for name in METHODS.methods:
-        assert METHODS.find(name).paper.startswith("arXiv:") == (name != "random")
+        assert METHODS.find(name).paper.startswith("arXiv:") == (name not in ("random", "oracle"))
     assert METHODS.find("chunk(snapkv)").paper == "arXiv:2502.00299, arXiv:2404.14469"
 
 
@@ -340,58 +340,3 @@ def test_how_far_a_lane_looks_is_the_area_under_its_cumulated_attention():
 def test_lanes_of_a_model_without_rotation_cannot_be_told_apart():
     with pytest.raises(SpecError, match="no rotary"):
         far_sight(make(rotary=False))
-
-
-# Quest.
-
-
-def test_no_key_of_a_page_goes_beyond_its_bound():
-    seen = make(rows=30, tokens=30, short=0)
-    bounds = PageBounds.of(seen, 8)
-    got = upper_bounds(seen.queries, bounds)
-    for lane in range(3):
-        for page in range(4):
-            keys = [k for c, _, k, _ in rows_of(seen, lane) if c // 8 == page]
-            low, high = np.min(keys, axis=0), np.max(keys, axis=0)
-            for t, (_, heads) in enumerate(asked(seen, lane)):
-                each = [sum(max(x * a, x * b) for x, a, b in zip(q, low, high, strict=True)) for q in heads]
-                assert got[t, lane, page].item() == pytest.approx(max(each), rel=1e-4)
-                assert max(q @ k for q in heads for k in keys) <= max(each)
-
-
-def test_a_query_reads_its_own_page_sinks_recent_ones_and_the_best():
-    seen = make(rows=64, tokens=64, short=0, queries=64)
-    bounds, size = PageBounds.of(seen, 8), 8
-    scores = upper_bounds(seen.queries, bounds)
-    chosen = choose_pages(seen.queries, seen.asking, bounds, 4, sinks=3, recent=6)
-    for t in range(64):
-        own = t // size
-        fixed = {0, own, max(t - 5, 0) // size}
-        for lane in range(3):
-            others = sorted(set(range(own)) - fixed, key=lambda p: -scores[t, lane, p].item())
-            want = fixed | set(others[: max(0, 4 - len(fixed))])
-            assert set(chosen[t, lane].nonzero().flatten().tolist()) == want
-
-
-def test_what_a_query_reads_does_not_depend_on_what_stands_in_the_same_step():
-    seen = make(rows=64, tokens=64, short=0, queries=64)
-    whole = choose_pages(seen.queries, seen.asking, PageBounds.of(seen, 8), 3, sinks=1)
-    for at in (20, 23, 24, 41):
-        early = replace(seen, keys=seen.keys[:, : at + 1], positions=seen.positions[:, : at + 1])
-        bounds = PageBounds.of(early, 8)
-        alone = choose_pages(seen.queries[at : at + 1], seen.asking[at : at + 1], bounds, 3, sinks=1)
-        assert torch.equal(alone[0], whole[at, :, : alone.shape[-1]])
-        assert not whole[at, :, alone.shape[-1] :].any()
-
-
-def test_pages_that_a_lane_does_not_hold_are_never_read_and_too_few_are_all_read():
-    seen = make(rows=32, tokens=32, short=0)
-    seen.positions[1, 8:24] = -1
-    seen.keys[1, 8:24] = torch.nan
-    asking = torch.full((6,), 31)
-    chosen = choose_pages(seen.queries, asking, PageBounds.of(seen, 8), 4)
-    assert chosen[:, [0, 2]].all()
-    assert torch.equal(chosen[:, 1], torch.tensor([True, False, False, True]).expand(6, -1))
-    same = replace(seen, keys=torch.zeros_like(seen.keys))
-    chosen = choose_pages(seen.queries, asking, PageBounds.of(same, 8), 3)
-    assert chosen[0, 0].tolist() == [False, True, True, True], "of equal pages the later ones"

@@ -22,7 +22,7 @@ from kvik.bench.spread import Spread, spread
 from kvik.bench.stopwatch import Stopwatch
 from kvik.cache.spec import LayerShape, Spec
 from kvik.engine.generation import CHUNK, prefill
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.plan.work import Arithmetic
 
@@ -39,7 +39,7 @@ def synthetic(contexts=(32, 1024, 4096, 8128), kv="bf16", tokens=32, rounds=3):
     10 GB/s, appending 0.5 ms, the rest 1.5 ms; a prompt 1 ms a token."""
     layers = [LayerShape(3, (("k", 64), ("v", 64)))] * 30
     specs = Spec.parse(kv, layers), Spec.parse("f32", layers)
-    arithmetic = Arithmetic(*specs, 3, 106_168_320, 28_311_552, 96_577_268)
+    arithmetic = Arithmetic(*specs, 3, 106_168_320, 28_311_552, 96_577_268, 96_577_012)
     lengths = []
     for context in contexts:
         attend = (context + tokens + 1) * ROW / 1e10
@@ -153,7 +153,7 @@ class Ticks:
 
 def gpt2():
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=48, n_layer=LAYERS, n_head=4, n_positions=64))
-    config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
+    config = families.from_hf(theirs.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
     return Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights="f32")
 

@@ -152,7 +152,7 @@ def test_weights_know_softcap_and_bias(options):
             out = watch.attend(0, rows["q"], scale=0.25, **options).out
         stored = sequence.read(0)
     seen = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 12, 12)
-    weights = tally.asked[0].weights(stored["k"], seen)
+    weights = tally.asked[0].weights(stored["k"], seen, cache.spec.groups * 2)
     v = stored["v"].repeat_interleave(2, dim=0)
     torch.testing.assert_close(torch.einsum("thn,hnd->thd", weights, v), out, atol=1e-5, rtol=1e-4)
 

@@ -23,7 +23,7 @@ import kvik
 import kvik.cli
 from helpers import text
 from kvik.errors import StorageError
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.trace import collect, facts, layers_that_fit, make_page, page, record, render, view, write_page
 from kvik.trace.tokens import visible
 from traces import TINY, rows_of, tiny, traced
@@ -231,7 +231,7 @@ def test_a_large_page_keeps_the_chosen_head_alone(monkeypatch):
 
 @pytest.mark.parametrize("tokens", [1, 20, 60, 200, 512])
 def test_a_page_stays_small(tokens):
-    sizes = Config.from_hf(LlamaConfig(vocab_size=9, num_hidden_layers=30).to_dict(), None, "any")  # 32 heads of 128
+    sizes = families.from_hf(LlamaConfig(vocab_size=9, num_hidden_layers=30).to_dict(), None, "any")  # 32 heads of 128
     layers = layers_that_fit(sizes, tokens, 3)
     assert layers in ([3], list(range(30)))
     one = page._size(tokens, 1, 1, sizes.head_dim)

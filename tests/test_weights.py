@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kvik.errors import ConfigError, KvikError, WeightsError
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.weights import check, read_gguf, read_safetensors
 from kvik.ops.grouped import GroupQuantized
 
@@ -126,7 +126,7 @@ def write_gguf(path, model, kind=None, *, pre="smollm", template=None, extra=())
 def test_a_llama_from_gguf_equals_the_transformers_model_bit_for_bit(tmp_path):
     model = llama(attention_bias=True, mlp_bias=True)
     fields, tensors = read_gguf(write_gguf(tmp_path / "tiny.gguf", model))
-    config = Config.from_gguf(fields)
+    config = families.from_gguf(fields)
     expected = model.state_dict()
     assert check(tensors, config).keys() == expected.keys()
     assert config.attention_bias
@@ -140,7 +140,7 @@ def test_a_gpt2_from_gguf_has_conv1d_layout(tmp_path, kind):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=HIDDEN, n_head=HEADS, n_layer=LAYERS, n_positions=32, vocab_size=VOCAB))
     fields, tensors = read_gguf(write_gguf(tmp_path / "tiny.gguf", model, kind))
-    config = Config.from_gguf(fields)
+    config = families.from_gguf(fields)
     expected = {name.removeprefix("transformer."): t for name, t in model.state_dict().items()}
     tensors = check(tensors, config)
     assert config.tied_embeddings
@@ -214,7 +214,7 @@ def test_the_fields_are_those_that_gguf_reads(tmp_path):
 def test_rope_factors_become_a_field_and_no_tensor(tmp_path):
     factors = np.linspace(1, 8, HIDDEN // HEADS // 2).astype(np.float32)
     fields, tensors = read_gguf(write_gguf(tmp_path / "x.gguf", llama(), extra=[("rope_freqs.weight", factors)]))
-    config = Config.from_gguf(fields)
+    config = families.from_gguf(fields)
     assert config.rope.factors == tuple(factors.tolist())
     check(tensors, config)
 
@@ -223,10 +223,10 @@ def test_an_output_that_repeats_the_embedding_makes_the_model_tied(tmp_path):
     model = llama(tie_word_embeddings=True)
     output = model.state_dict()["model.embed_tokens.weight"].numpy()
     fields, tensors = read_gguf(write_gguf(tmp_path / "x.gguf", model, extra=[("output.weight", output)]))
-    assert Config.from_gguf(fields).tied_embeddings
+    assert families.from_gguf(fields).tied_embeddings
     assert "lm_head.weight" not in tensors
     fields, tensors = read_gguf(write_gguf(tmp_path / "x.gguf", model, extra=[("output.weight", output + 1)]))
-    assert not Config.from_gguf(fields).tied_embeddings
+    assert not families.from_gguf(fields).tied_embeddings
     assert "lm_head.weight" in tensors
 
 
@@ -254,7 +254,7 @@ def test_a_gguf_with_any_damaged_header_byte_never_crashes_and_never_grows(tmp_p
         damaged.write_bytes(changed)
         with contextlib.suppress(KvikError):
             fields, tensors = read_gguf(damaged)
-            check(tensors, Config.from_gguf(fields))
+            check(tensors, families.from_gguf(fields))
     assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     tracemalloc.stop()
 
@@ -371,7 +371,7 @@ def test_tensors_that_are_no_floats_are_refused_by_name(tmp_path):
 def tiny_config(tied):
     sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 3, "rms_norm_eps": 1e-5}
     heads = {"model_type": "llama", "num_attention_heads": 1, "max_position_embeddings": 8}
-    return Config.from_hf({**sizes, **heads, "tie_word_embeddings": tied}, None, "tiny")
+    return families.from_hf({**sizes, **heads, "tie_word_embeddings": tied}, None, "tiny")
 
 
 def test_check_names_the_first_faults_and_counts_them():

@@ -8,23 +8,23 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kvik.cache.spec import LayerShape, Spec
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.ops import reads
 from kvik.plan.work import Arithmetic, Work
 
-ROW, HEAD, HELD = 1000, 300, 5000  # weights of all layers, of the head; bytes of all
+ROW, HEAD, HELD, READ = 1000, 300, 6000, 5000  # weights of all layers, of the head; bytes of all, and of those read
 
 
 def arithmetic(kv="bf16", windows=(None, None), heads=2, width=8, shared=3):
     """A model of a layer for each of its own windows."""
     layers = [LayerShape(heads, (("k", width), ("v", width)), window) for window in windows]
-    return Arithmetic(Spec.parse(kv, layers), Spec.parse("f32", layers), shared, ROW, HEAD, HELD)
+    return Arithmetic(Spec.parse(kv, layers), Spec.parse("f32", layers), shared, ROW, HEAD, HELD, READ)
 
 
 SMOLLM2 = Arithmetic(
     *(Spec.parse(kv, [LayerShape(3, (("k", 64), ("v", 64)))] * 30) for kv in ("bf16", "f32")),
-    3, 106_168_320, 28_311_552, 94_906_100,
+    3, 106_168_320, 28_311_552, 94_906_100, 94_906_100,
 )  # fmt: skip
 
 SPECS = [
@@ -58,7 +58,7 @@ def brute(model, tokens, cached, chunk, batch):
                 attention += model.shared * len(visible) * sum(2 * width for width in widths)
             read += len(seen) * group.layout.row_bytes
     products = sum(2 * ROW for _ in range(batch * (tokens - first))) + batch * 2 * HEAD
-    return Work(rows, pairs, products, attention, HELD, read)
+    return Work(rows, pairs, products, attention, READ, read)
 
 
 @over_specs
@@ -94,7 +94,7 @@ def test_the_closed_forms_of_full_attention(n):
     assert (cached.rows, without.rows) == (n, n * (n + 1) // 2)
     assert (cached.pairs, without.pairs) == (n * (n + 1) // 2, n * (n + 1) * (n + 2) // 6)
     assert cached.rows_read == without.rows_read == n * (n + 1) // 2 * 64
-    assert cached.weights_read == without.weights_read == n * HELD
+    assert cached.weights_read == without.weights_read == n * READ
 
 
 def test_a_batch_reads_the_weights_once_and_everything_else_for_each():
@@ -117,6 +117,7 @@ def test_equal_work_and_bytes_are_what_a_linear_search_finds(kv, windows, width)
     steps = {tokens: model.step(tokens) for tokens in range(1, 400)}
     assert model.equal_work == search(lambda n: steps[n].attention >= steps[n].products)
     assert model.equal_bytes == search(lambda n: steps[n].rows_read >= steps[n].weights_read)
+    assert model.equal_held == search(lambda n: model.spec.nbytes(n).payload >= HELD)
 
 
 def test_equal_lengths_are_found_and_not_found_among_these():
@@ -130,23 +131,26 @@ def test_smollm2s_lengths_follow_from_its_sizes():
     assert SMOLLM2.equal_bytes == -(-94_906_100 // (30 * 3 * 256)) == 4120
 
 
-def tiny(family):
+def tiny(family, tied):
     if family == "gpt2":
-        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=48, n_layer=2, n_head=4, n_positions=64))
+        sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, **sizes, tie_word_embeddings=tied))
     else:
         sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "max_position_embeddings": 64}
-        theirs = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, num_attention_heads=4, num_key_value_heads=2))
-    config = Config.from_hf(theirs.config.to_dict(), None, "tiny")
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+        theirs = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+    config = families.from_hf(theirs.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
     return theirs, Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights="f32")
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_models_weights_are_counted_as_it_multiplies_with_them(family):
+def test_a_models_weights_are_counted_as_it_multiplies_with_them_and_reads_them(family, tied):
     """Against what torch counts while transformers runs the same model."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    theirs, model = tiny(family)
+    theirs, model = tiny(family, tied)
     found = Arithmetic.of(model, "bf16")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         theirs(torch.zeros((1, 7), dtype=torch.long))
@@ -158,5 +162,10 @@ def test_a_models_weights_are_counted_as_it_multiplies_with_them(family):
     assert sum(projections.values()) == 2 * 7 * (found.row_weights + found.head_weights)
     assert found.head_weights == 50 * 48
     assert found.shared == (1 if family == "gpt2" else 2)
-    assert found.weight_bytes == model.nbytes
+    tables = 50 * 48 * (not tied) + 64 * 48 * (family == "gpt2")  # of which a step takes the rows of its tokens
+    turns = 0 if family == "gpt2" else 6 * 8  # frequencies, in 64 bits
+    assert found.weight_bytes == model.nbytes == found.read_bytes + 4 * tables + turns
+    skipped = ("wpe.weight",) if tied else ("wpe.weight", "wte.weight", "embed_tokens.weight")
+    read = sum(each.numel() for name, each in theirs.named_parameters() if not name.endswith(skipped))
+    assert found.step(7).weights_read == found.read_bytes == pytest.approx(4 * read, rel=1e-3), "and norms' epsilons"
     assert (str(found.spec), str(found.plain)) == ("bf16", "f32")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from kvik.models.config import Config
+from kvik.models import families
 from kvik.models.model import Model
 from kvik.trace import collect
 
@@ -47,7 +47,7 @@ def tiny(family="llama", layers=2, heads=4, lanes=2):
         model = MistralForCausalLM(MistralConfig(**sizes, sliding_window=5))
     else:
         model = LlamaForCausalLM(LlamaConfig(**sizes))
-    config = Config.from_hf(model.config.to_dict(), None, "tiny")
+    config = families.from_hf(model.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
     made = Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights="f32")
     made.tokenizer = Bytes()
@@ -58,6 +58,7 @@ MODELS = {family: tiny(family) for family in ("llama", "gpt2", "mistral")}
 TINY = MODELS["llama"]
 ALL = (0, 1)
 SPECS = ("f32", "bf16", "int8-rot", "k8v4", "int4+window:4,sinks:1; page 16", "bf16; layers 1 heads 0: int8+window:5")
+SPECS += ("int8; layers 1: int8+window:4,sinks:2,relative",)
 over_families = pytest.mark.parametrize("family", MODELS)
 over_specs = pytest.mark.parametrize("kv", SPECS)
 

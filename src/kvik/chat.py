@@ -47,7 +47,7 @@ class Chat:
         prompt = self.model.tokenizer.encode(
             self.model.tokenizer.chat([*self.messages, {"role": "user", "content": text}])
         )
-        self.model.check_context(len(prompt) + 1)
+        self.model.check_context(len(prompt) + 1, self.cache.spec)
         self._rewind(prompt)
         generation = Generation(self.model, Request(prompt, self.max_tokens, self.stop, self.sampling), self.sequence)
         self.messages.append({"role": "user", "content": text})

@@ -15,6 +15,14 @@ class Opened:
 
 
 @dataclass(frozen=True)
+class Filled:
+    """A source's `rows` rows were computed and stored, in `pages` pages; whoever asks about it again finds them."""
+
+    rows: int
+    pages: int
+
+
+@dataclass(frozen=True)
 class Published:
     """Full pages of a Sequence can now be found by others: positions `start` to `stop`."""
 
@@ -65,4 +73,4 @@ class Resized:
     budget: int
 
 
-Event = Opened | Published | Dropped | Compressed | Evicted | Closed | Resized
+Event = Opened | Filled | Published | Dropped | Compressed | Evicted | Closed | Resized

@@ -200,7 +200,11 @@ class Growth:
         return {
             "model": self.model,
             "spec": self.spec,
-            "weights": {"format": self.weights, "bytes": self.arithmetic.weight_bytes},
+            "weights": {
+                "format": self.weights,
+                "bytes": self.arithmetic.weight_bytes,
+                "read": self.arithmetic.read_bytes,
+            },
             "environment": asdict(self.environment),
             "tokens": self.tokens,
             "rounds": self.rounds,

@@ -130,7 +130,7 @@ def _batches(growth: Growth) -> Table:
             time_text(cached),
             three(batch.sequences / cached),
             times_text(without / cached),
-            format_bytes(growth.arithmetic.weight_bytes // batch.sequences),
+            format_bytes(growth.arithmetic.read_bytes // batch.sequences),
             format_bytes(batch.held.allocated),
         )
     return table

@@ -92,5 +92,5 @@ def _holdings(cache: Cache) -> list[tuple[Group, Pages, Rows]]:
     for block in cache.index:
         for group, pages in zip(cache.spec.groups, block.pages, strict=True):
             if pages is not None:
-                out.append((group, pages, np.full(len(pages), cache.spec.page_size)))
+                out.append((group, pages, block.rows_in(pages, cache.spec.page_size)))
     return out

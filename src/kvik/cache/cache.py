@@ -11,16 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik import events
-from kvik.cache.arena import Arena, PageClass, Pages, device_memory
-from kvik.cache.books import Books, books, bytes_in_use, check, nbytes
+from kvik.cache import pressure
+from kvik.cache.arena import Arena, Pages, device_memory
+from kvik.cache.books import Books, books, check, nbytes
 from kvik.cache.centres import Centres, centres_of
 from kvik.cache.limits import check_budget, memory_available, memory_total
 from kvik.cache.observed import may_know
-from kvik.cache.prefix import Block, PrefixIndex, root_key
+from kvik.cache.prefix import Block, PrefixIndex, root_key, source_key
 from kvik.cache.sequence import Sequence
-from kvik.cache.spec import TABLE_BYTES, Bytes, Group, Spec
+from kvik.cache.source import Filling
+from kvik.cache.spec import Bytes, Group, Spec
 from kvik.cache.step import Step, parts_of
 from kvik.cache.table import Table
+from kvik.cache.tidying import defragment
 from kvik.errors import BudgetError, SequenceError, UsageError
 from kvik.ops import pages as paged
 from kvik.ops.backend import backend
@@ -81,6 +84,7 @@ class Cache:
             self.arena.page_class(group.page_bytes)
         self.index = PrefixIndex(spec)
         self.parts = parts_of(spec)
+        self.writing = frozenset(layer for group in spec.groups if not group.source for layer, _ in group.lanes)
         self._policies = [g.retention.policy for g in spec.groups if g.retention.policy is not None]
         self.active: Step | None = None
         self._weights = weights
@@ -89,7 +93,7 @@ class Cache:
         self._opened = 0
         self._listeners: list[Callable[[events.Event], None]] = []
 
-    def open(self, tokens: Seq[int] = (), salt: str = "") -> Sequence:
+    def open(self, tokens: Seq[int] = (), salt: str = "", source: bytes | None = None) -> Sequence:
         """A new Sequence that starts with whatever is known of `tokens`; append the rest, from `len(sequence)` on.
 
         At most `len(tokens) - 1` are taken as known: the last is always computed, for its logits. A policy that must
@@ -98,13 +102,22 @@ class Cache:
         Args:
             tokens: what is going to be appended first: the prompt. A policy may choose at its end.
             salt: only sequences opened with the same salt share rows.
+            source: digest of what the model reads beside the tokens (cross-attention), given by `fill` before.
+
+        Raises:
+            SequenceError: the source is not known here, or there is one where the spec keeps no rows of any.
+            BudgetError: the tables don't fit.
         """
-        root = root_key(self._weights, self.spec, salt, self._centred)
+        root, given = self._root(salt, source), self._source(salt, source)
         known = min((may_know(policy, len(tokens)) for policy in self._policies), default=len(tokens) - 1)
         chain = self.index.find(root, list(tokens[: max(known, 0)])) if self.shares else []
         sequence = Sequence(self, self._opened, root, chain, len(tokens))
         self._opened += 1
         for index, table in enumerate(sequence.tables):
+            if table.group.source and given is not None:
+                table.kept = given.kept(index, table.group)
+                self.arena.retain(table.group.page_bytes, table.held(0)[0])
+                continue
             live = table.group.retention.live_pages(len(sequence), self.spec.page_size)
             found = [pages for page in live if (pages := chain[page].pages[index]) is not None]
             assert len(found) == len(live), "the index gives complete chains"
@@ -122,6 +135,25 @@ class Cache:
                 raise
         sequence._floor = len(sequence) if self._hides(len(sequence)) else 0
         return sequence
+
+    def knows(self, source: bytes, salt: str = "") -> bool:
+        """Whether a source's rows are here, so that nobody needs to compute them. They are used just now, if so."""
+        key = source_key(self._root(salt, None), source)
+        self.index.touch([key])
+        return self.index.get(key) is not None
+
+    def fill(self, source: bytes, rows: int, salt: str = "") -> Filling:
+        """Takes a source's rows, for all sequences that are opened with it; a context manager.
+
+        Args:
+            source: a digest that names the source in full: two sources with one digest would be one.
+            rows: how many it has.
+            salt: see `open`.
+
+        Raises, when entered:
+            BudgetError: the pages don't fit; nothing changed.
+        """
+        return Filling(self, source_key(self._root(salt, None), source), rows)
 
     def step(self, chunks: Seq[tuple[Sequence, Seq[int]]]) -> Step:
         """One chunk of tokens for each of some sequences, to be taken through all layers: a context manager.
@@ -146,10 +178,10 @@ class Cache:
         available = memory_available() + self.arena.held if self.device.type == "cpu" else self.arena.capacity
         check_budget(memory, available)
         if self.arena.held > memory:
-            self._defragment()
+            defragment(self)
         while self.arena.held > memory:
-            evicted = [self._evict() for _ in range(16)]
-            self._defragment()
+            evicted = [pressure.evict(self) for _ in range(16)]
+            defragment(self)
             if not any(evicted) and self.arena.held > memory:
                 held = self.arena.held
                 raise BudgetError(
@@ -203,13 +235,16 @@ class Cache:
         for sequence, chunk in zip(step.sequences, step.chunks, strict=True):
             start, stop = len(sequence), len(sequence) + len(chunk)
             for table in sequence.tables:
+                if table.group.source:
+                    continue
                 fresh = range(-(-start // size), -(-stop // size))
                 refs = self.arena.page_class(table.group.page_bytes).refs
                 shared = start % size != 0 and bool((refs[table.pages[:, -1]] > 1).any())
                 plan.append((table, fresh, shared, start % size))
                 count = len(table.group.lanes) * (len(fresh) + shared)
                 wanted[table.group.page_bytes] = wanted.get(table.group.page_bytes, 0) + count
-                tables += (len(table.group.lanes) + 1) * len(fresh) * TABLE_BYTES
+                columns = len(table.logical)
+                tables += table.group.table_bytes(columns + len(fresh)) - table.group.table_bytes(columns)
         self.make_room(wanted, tables)
         before = [[len(table.logical) for table in sequence.tables] for sequence in step.sequences]
         for table, fresh, shared, used in plan:
@@ -259,7 +294,7 @@ class Cache:
         if block is None or block.children > 0:
             return False
         self.index.remove(block)
-        return self._drop(block, [i for i, pages in enumerate(block.pages) if pages is not None])
+        return pressure.drop(self, block, [i for i, pages in enumerate(block.pages) if pages is not None])
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -312,57 +347,33 @@ class Cache:
 
     def _hides(self, tokens: int) -> bool:
         size = self.spec.page_size
-        return any(len(g.retention.live_pages(tokens, size)) < -(-tokens // size) for g in self.spec.groups)
+        growing = (group for group in self.spec.groups if not group.source)
+        return any(len(group.retention.live_pages(tokens, size)) < -(-tokens // size) for group in growing)
+
+    def _root(self, salt: str, source: bytes | None) -> bytes:
+        """What all keys of a text start from: rows depend on the source as well."""
+        root = root_key(self._weights, self.spec, salt, self._centred)
+        return root if source is None else source_key(root, source)
+
+    def _source(self, salt: str, source: bytes | None) -> Block | None:
+        """Where a source's rows are."""
+        if (source is not None) != self.spec.source:
+            raise SequenceError(
+                "this model reads a source: fill the cache with its rows, and open with its digest"
+                if self.spec.source
+                else "a source was given, but the spec keeps no rows of any; open without one"
+            )
+        if source is None:
+            return None
+        found = self.index.get(source_key(self._root(salt, None), source))
+        if found is None:
+            raise SequenceError("the source is not known here, or was evicted; fill the cache with its rows first")
+        self.index.touch([found.key])
+        return found
 
     def make_room(self, wanted: dict[int, int], tables: int = 0) -> None:
-        """Evicts unreferenced blocks until the pages fit; moves pages together before it gives up."""
-        if self.arena.fits(wanted, tables):
-            return
-        needed = sum(size * count for size, count in wanted.items()) + tables
-        hopeless = bytes_in_use(self) + needed > self.budget
-        tidied = False
-        while not self.arena.fits(wanted, tables):
-            if hopeless or not self._evict():
-                if not (tidied or hopeless):
-                    tidied = True
-                    self._defragment()
-                    continue
-                cost, left = self.arena.cost(wanted, tables), max(self.budget - self.arena.held, 0)
-                raise BudgetError(
-                    f"the cache needs {cost:,} more bytes and its budget of {self.budget:,} has {left:,} left; "
-                    "raise the budget, close sequences, or choose a smaller spec",
-                    needed=cost, available=left,
-                )  # fmt: skip
-
-    def _evict(self) -> bool:
-        """Drops the least recently used block that nobody uses and nothing stands on. Where there is none: the pages of
-        a block that nobody else holds, since every window has passed them; it stays as a link of its chain. Returns
-        False if there is neither."""
-        passed: tuple[Block, list[int]] | None = None
-        for block in self.index:
-            held = [i for i, pages in enumerate(block.pages) if pages is not None]
-            idle = [i for i in held if (self._class(i).refs[block.pages[i]] == 1).all()]
-            if block.children <= 0 and idle == held:
-                self.index.remove(block)
-                return self._drop(block, idle)
-            if idle and passed is None:
-                passed = block, idle
-            if idle != held:
-                self.index.touch([block.key])  # in use: not the next to be asked
-        return passed is not None and self._drop(*passed)
-
-    def _drop(self, block: Block, groups: list[int]) -> bool:
-        count = 0
-        for index in groups:
-            pages, block.pages[index] = block.pages[index], None
-            assert pages is not None, "only what is held is dropped"
-            self.arena.release(self.spec.groups[index].page_bytes, pages)
-            count += pages.size
-        self.emit(events.Evicted(block.start, block.start + len(block.tokens), count))
-        return True
-
-    def _class(self, group: int) -> PageClass:
-        return self.arena.page_class(self.spec.groups[group].page_bytes)
+        """See `pressure.make_room`."""
+        pressure.make_room(self, wanted, tables)
 
     def _unshare(self, table: Table) -> None:
         """Copies the last column's pages, verbatim, before they are written to: others hold them too."""
@@ -373,21 +384,6 @@ class Cache:
         view[index[1]] = view[index[0]]
         table.pages[:, -1] = new
         self.arena.release(table.group.page_bytes, old)
-
-    def _defragment(self) -> None:
-        """Empties slabs by moving pages together, and rewrites every table."""
-        for page_bytes in self.arena.classes:
-            moved = self.arena.defragment(page_bytes)
-            if moved is None:
-                continue
-            for sequence in self._open.values():
-                for table in sequence.tables:
-                    if table.group.page_bytes == page_bytes:
-                        table.renumber(moved)
-            for block in self.index:
-                for index, (group, pages) in enumerate(zip(self.spec.groups, block.pages, strict=True)):
-                    if group.page_bytes == page_bytes and pages is not None:
-                        block.pages[index] = moved[pages]
 
 
 __all__ = ["Books", "Cache", "Pages"]

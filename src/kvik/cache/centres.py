@@ -45,13 +45,13 @@ class Centres:
         return sha.hexdigest()
 
     def of(self, group: Group, device: torch.device) -> Tensor | None:
-        """f32 [lanes of the group, width]; None where its keys are not quantised.
+        """f32 [lanes of the group, width]; None where its keys are not quantised, or are a source's.
 
         Raises:
             UsageError: they were made for other layers.
         """
         keys = next((stream for stream in group.layout.streams if stream.name == "k"), None)
-        if keys is None or not keys.codec.quantises:
+        if group.source or keys is None or not keys.codec.quantises:
             return None
         for layer, head in group.lanes:
             have = tuple(self.layers[layer].shape) if layer < len(self.layers) else (0, 0)

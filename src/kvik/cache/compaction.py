@@ -91,13 +91,16 @@ def _seen(
     slots: Rows,
 ) -> Seen:
     group = table.group
-    keys, values = (x.cpu() for x in decoded(cache, sequence.tables.index(table), lanes, slots).values())
+    streams = {n: x.cpu() for n, x in decoded(cache, sequence.tables.index(table), lanes, slots).items()}
+    keys = torch.cat([streams[stream.name] for stream in group.layout.keys], dim=-1)
+    values = streams[group.layout.value.name]
     queries = observed.queries(layer)
     mass = None if observed.mass is None else observed.mass[lanes].gather(1, _places(table, positions))
+    at = torch.from_numpy(positions.copy())
     return Seen(
         keys=keys,
         values=values,
-        positions=torch.from_numpy(positions.copy()),
+        positions=at,
         tokens=len(sequence),
         scale=observed.scale or keys.shape[-1] ** -0.5,
         queries=None if queries is None else queries[0],
@@ -105,6 +108,7 @@ def _seen(
         mass=mass,
         frequencies=None if group.frequencies is None else torch.tensor(group.frequencies, dtype=torch.float64),
         seed=observed.policy.seed,
+        repeated=None if observed.repeated is None else observed.repeated[lanes].gather(1, at.clamp(min=0)),
     )
 
 

@@ -8,7 +8,7 @@ A policy stands in a spec behind a `+`, where a window would stand:
     rkv:512rows,every:64          looked at every 64 positions: never more than 512 + 64
     pyramid(snapkv):25%           lower layers keep more; `ada`: lanes of a layer share; `global`: all lanes share
     ada(chunk(expected)):30%      runs of 20 positions stay or go together
-    quest:16pages                 nothing goes; each query reads 16 pages of each lane
+    quest:16pages                 nothing goes; each query after the prompt reads 16 pages of each lane
     h2o:25%,sinks:8,recent:64     the first 8 positions and the last 64 stay whatever they score (by default 4 and 32)
 
 Everything here is arithmetic on counts and positions; tensors come in with `apply`, and torch with the first name.
@@ -170,10 +170,16 @@ class Policy:
         """
         return self.trigger.latest(position, prompt) == position and held_rows > self.budget_at(position)
 
-    def next_trigger(self, position: int, prompt: int | None) -> int | None:
+    def next_trigger(self, position: int, prompt: int | None, page_size: int) -> int | None:
         """The first position after `position` at which rows may be dropped: a chunk must not reach beyond it.
-        None = there is none."""
-        return self.trigger.next(position, prompt)
+        None = there is none.
+
+        Where queries choose pages: the end of the prompt, whose queries read everything, and then each page's end,
+        where its keys' extremes become known.
+        """
+        if self.pages is None:
+            return self.trigger.next(position, prompt)
+        return prompt if prompt and position < prompt else (position // page_size + 1) * page_size
 
     def budget_at(self, tokens: int) -> int:
         """Rows a lane keeps, on average, if the trigger fires after `tokens` tokens: `p%` is rounded down. Sinks and

@@ -12,10 +12,14 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvik.cache.arena import Pages
-from kvik.cache.spec import Spec
+from kvik.cache.spec import Group, Spec
+from kvik.ops.reads import Kept
 
 
 def digest(**parts: bytes) -> bytes:
@@ -47,16 +51,47 @@ def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     return digest(parent=parent, tokens=array("q", tokens).tobytes())
 
 
+def source_key(root: bytes, source: bytes) -> bytes:
+    """The key of a source's rows, and the parent of all blocks of texts that read it."""
+    return digest(root=root, source=source)
+
+
 @dataclass
 class Block:
-    """One run of N tokens: for each group its pages, one a lane; None where they had been dropped before."""
+    """What can be found under a key: one run of N tokens, or all rows of a source.
+
+    Attributes:
+        key, parent: its own, and that of what it stands on.
+        start: position of its first token.
+        tokens: of the run; none of a source.
+        pages: for each group, one a lane, or of a source lane by lane all; None where it has none, or they had left.
+        rows: of a source.
+        children: blocks that stand on it; below 0 once one leaves that came before it.
+    """
 
     key: bytes
     parent: bytes
     start: int
     tokens: tuple[int, ...]
     pages: list[Pages | None]
-    children: int = field(default=0)  # blocks that stand on it; below 0 once one leaves that came before it
+    rows: int = 0
+    children: int = 0
+
+    def kept(self, index: int, group: Group) -> Kept:
+        """A source's rows in one group, as rows that every query sees."""
+        pages, size = self.pages[index], group.page_size
+        assert pages is not None and self.rows > 0, "a source has rows in every group that keeps some"
+        mine = pages.reshape(len(group.lanes), -1).astype(np.int32)
+        at = np.arange(mine.shape[1] * size, dtype=np.int32)
+        positions = np.broadcast_to(np.where(at < self.rows, at, -1), (len(mine), len(at)))
+        return Kept(mine, np.full(len(mine), self.rows, np.int32), np.ascontiguousarray(positions, np.int32))
+
+    def rows_in(self, pages: Pages, page_size: int) -> NDArray[np.int64]:
+        """How many rows each of a group's pages holds."""
+        if not self.rows:
+            return np.full(len(pages), page_size)
+        columns = -(-self.rows // page_size)
+        return np.tile(np.minimum(self.rows - np.arange(columns) * page_size, page_size), len(pages) // columns)
 
 
 class PrefixIndex:
@@ -97,6 +132,7 @@ class PrefixIndex:
         return all(
             chain[page].pages[index] is not None
             for index, group in enumerate(self.spec.groups)
+            if not group.source
             for page in group.retention.live_pages(length, size)
         )
 

@@ -1,10 +1,12 @@
-"""Which rows stay. A retention is a value; so far the two masks of the field and their sum.
+"""Which rows stay. A retention is a value: the two masks of the field and their sum, or a policy.
 
 A *mask* hides rows from every later query by position alone, so that dropping them changes no result. Three runs:
 
     position   0 … s-1 | s … n-w-1 | n-w … n-1
                sinks   | dropped   | window         the next query, at n, sees the sinks and the w rows before it,
                                                     itself included: k ≤ q and (q - k < w or k < s)
+
+`relative` hides no other rows: it says at which distance a query sees the sinks (`cache/relative.py`).
 """
 
 from __future__ import annotations
@@ -16,19 +18,24 @@ from kvik.cache.policy import Policy
 
 @dataclass(frozen=True)
 class Retention:
-    """Full attention (`window=None`), a sliding window, or attention sinks and a window, at true positions.
-
-    Sinks: StreamingLLM, arXiv:2309.17453 (there with cache-relative positions; here rows keep their own).
+    """Full attention (`window=None`), a sliding window, or attention sinks and a window (arXiv:2309.17453).
 
     Attributes:
         window: positions that a query sees, its own included; None = all.
         sinks: first positions that stay visible for good.
         policy: chooses at its triggers which rows stay, lane by lane; None = all that the mask shows.
+        relative: sinks are seen as if they lay right before the window, as in the paper; else at their true distance.
     """
 
     window: int | None = None
     sinks: int = 0
     policy: Policy | None = None
+    relative: bool = False
+
+    @property
+    def reach(self) -> int | None:
+        """Distances that a query can see are below this, whatever the text's length; None = nothing bounds them."""
+        return self.window + self.sinks if self.relative and self.window is not None else None
 
     def rows(self, tokens: int) -> int:
         """Rows kept of a text of `tokens` tokens, on average over lanes."""
@@ -54,4 +61,5 @@ class Retention:
         if self.policy is not None:
             return str(self.policy)
         parts = [f"window:{self.window}"] if self.window is not None else []
-        return ",".join([*parts, *([f"sinks:{self.sinks}"] if self.sinks else [])]) or "full"
+        parts += [f"sinks:{self.sinks}"] if self.sinks else []
+        return ",".join([*parts, *(["relative"] if self.relative else [])]) or "full"

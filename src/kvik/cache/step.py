@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from kvik.cache import relative
+from kvik.cache.quest import select_of
 from kvik.cache.sequence import Sequence
 from kvik.cache.spec import Group, Spec
 from kvik.errors import SequenceError
 from kvik.ops.fused import Fused
-from kvik.ops.reads import Member, Partial, Reads
+from kvik.ops.reads import Member, Partial, Plan, Reads
 
 if TYPE_CHECKING:
     from kvik.cache.cache import Cache
@@ -49,7 +51,7 @@ def parts_of(spec: Spec) -> list[list[Part]]:
     out: list[list[Part]] = [[] for _ in range(max(found, default=-1) + 1)]
     for layer, parts in found.items():
         out[layer] = [Part(index, where, heads if len(parts) > 1 else None) for index, where, heads in parts]
-    return out
+    return [out[owner] for owner in spec.readers] if spec.readers else out
 
 
 class Step:
@@ -92,10 +94,7 @@ class Step:
         for sequence in self.sequences:
             sequence._busy = True
         try:
-            self._plans = [
-                self.cache.ops.plan(self.cache.pages(group), self._reads_of(index, group))
-                for index, group in enumerate(self.cache.spec.groups)
-            ]
+            self._plans = [self._plan_of(index, group) for index, group in enumerate(self.cache.spec.groups)]
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -106,9 +105,7 @@ class Step:
     ) -> None:
         for sequence in self.sequences:
             sequence._busy = False
-        missing = [
-            layer for layer in range(len(self.cache.parts)) if self.cache.parts[layer] and layer not in self._done
-        ]
+        missing = [layer for layer in self.cache.writing if layer not in self._done]
         if kind is not None or missing:
             self._undo()
         else:
@@ -126,6 +123,8 @@ class Step:
             streams: for each stream, f32 [T, heads, width], keys already rotated.
         """
         self._check_open(layer)
+        if layer not in self.cache.writing:
+            raise SequenceError(f"layer {layer} writes no rows: it reads those of a source or of another layer")
         for part in self.cache.parts[layer]:
             group = self.cache.spec.groups[part.group]
             rows = streams if part.heads is None else {n: x[:, list(part.heads)] for n, x in streams.items()}
@@ -153,7 +152,8 @@ class Step:
         The other arguments, and the result: `ops.reads.Plan.attend`; masses part by part.
         """
         self._check_open(layer)
-        if layer not in self._done:
+        owner = self.cache.spec.readers[layer]
+        if owner in self.cache.writing and owner not in self._done:
             raise SequenceError(f"layer {layer} attends before it appended its rows; a token sees itself")
         parts = self.cache.parts[layer]
         shared = q.shape[1] // sum(part.lanes.stop - part.lanes.start for part in parts)
@@ -167,7 +167,7 @@ class Step:
                 want_lse=want_lse, want_mass=want_mass or (seen and self._observers[part.group]),
             )  # fmt: skip
             if seen:
-                self._show(layer, part, asked, scale, found)
+                self._show(owner, layer, part, asked, scale, found)
             results.append((mine, found if want_mass else Partial(found.out, found.lse)))
         return results[0][1] if results[0][0] is None else _joined(results, q.shape[1])
 
@@ -178,7 +178,7 @@ class Step:
         """
         self._check_open(layer)
         part, *others = self.cache.parts[layer]
-        if others or part.heads is not None or part.group in self._observers:
+        if others or part.heads is not None or part.group in self._observers or layer not in self.cache.writing:
             return False
         done = self._plans[part.group].through(part.lanes, fused, x, angles)
         if done:
@@ -213,14 +213,15 @@ class Step:
                     found[group] = observed.mass is not None
         return found
 
-    def _show(self, layer: int, part: Part, q: Tensor, scale: float, found: Partial) -> None:
+    def _show(self, owner: int, layer: int, part: Part, q: Tensor, scale: float, found: Partial) -> None:
         """Lets the policies of a group see their sequences' queries, and what these gave to rows."""
         first = 0
         for index, (sequence, chunk) in enumerate(zip(self.sequences, self.chunks, strict=True)):
             observed = sequence._observed[part.group]
             if observed is not None:
                 mass = None if found.mass is None else found.mass[index]
-                observed.see(layer, part.lanes, len(sequence), q[first : first + len(chunk)], scale, mass)
+                asked = q[first : first + len(chunk)]
+                observed.see(owner, layer, part.lanes, len(sequence), asked, scale, mass)
             first += len(chunk)
 
     def _check_open(self, layer: int) -> None:
@@ -251,13 +252,32 @@ class Step:
                 self.cache.release(table, np.arange(len(table.logical)) < columns)
                 table.stale = True
 
+    def _plan_of(self, index: int, group: Group) -> Plan:
+        """How a group's rows are written and read."""
+        ops, pages, reads = self.cache.ops, self.cache.pages(group), self._reads_of(index, group)
+        if group.retention.relative:
+            return relative.plan(ops, pages, reads, group.frequencies)
+        return ops.plan(pages, reads)
+
     def _reads_of(self, index: int, group: Group) -> Reads:
         members = []
         for sequence, start, chunk in zip(self.sequences, self.starts, self.chunks, strict=True):
             table = sequence.tables[index]
-            members.append(Member(table.pages, table.logical, start, len(chunk), table.kept))
-        window, sinks = group.retention.window, group.retention.sinks
-        return Reads(group.layout, group.page_size, window, sinks, tuple(members), self.cache.centres[index])
+            if group.source:  # all that it sees are kept rows, at any position
+                members.append(Member(table.pages, table.logical, 0, len(chunk), table.kept))
+                continue
+            extremes = table.extremes if start >= sequence.prompt else None  # a prompt's queries read everything
+            members.append(Member(table.pages, table.logical, start, len(chunk), table.kept, extremes))
+        retention = group.retention
+        return Reads(
+            group.layout,
+            group.page_size,
+            retention.window,
+            retention.sinks,
+            tuple(members),
+            centre=self.cache.centres[index],
+            select=select_of(group),
+        )
 
 
 def _joined(results: list[tuple[list[int] | None, Partial]], heads: int) -> Partial:

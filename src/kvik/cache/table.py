@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from kvik.cache.arena import Pages
 from kvik.cache.spec import Group
+from kvik.ops import quest
 from kvik.ops.reads import Kept
 
 Rows = NDArray[np.int64]
@@ -22,6 +23,9 @@ class Table:
         logical: int32 [columns], ascending: column c holds positions logical[c]·N … logical[c]·N + N - 1.
         kept: rows from before the first column, lane by lane, once a policy has chosen; never written to again.
         stale: rows beyond the sequence's end may have been written, by tokens that were rejected.
+        extremes: of the keys of its first `known` pages, uint16 [lanes, B, 2, D, 16] (`ops/quest.py`), where queries
+            choose which pages they read; else None.
+        known: pages whose extremes were worked out.
     """
 
     def __init__(
@@ -36,29 +40,40 @@ class Table:
         self.logical = np.zeros(0, np.int32) if logical is None else logical
         self.kept = kept
         self.stale = False
+        self.extremes: quest.Extremes | None = (
+            quest.room(len(group.lanes), 0, group.key_width) if group.chooses else None
+        )
+        self.known = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the table itself, positions of kept rows included."""
+        """Bytes of the table itself, positions of kept rows and extremes of pages included."""
         kept = 0 if self.kept is None else sum(x.nbytes for x in vars(self.kept).values())
-        return self.pages.nbytes + self.logical.nbytes + kept
+        return self.pages.nbytes + self.logical.nbytes + kept + (0 if self.extremes is None else self.extremes.nbytes)
 
     def copy(self) -> Table:
         """Another table of the same pages."""
         twin = Table(self.group, self.pages.copy(), self.logical.copy(), self.kept)
-        twin.stale = self.stale
+        twin.stale, twin.known = self.stale, self.known
+        twin.extremes = None if self.extremes is None else self.extremes.copy()
         return twin
 
     def extend(self, pages: Pages, logical: Seq[int]) -> None:
         """Adds columns: pages [lanes, len(logical)]."""
         self.pages = np.concatenate((self.pages, pages.astype(np.int32)), axis=1)
         self.logical = np.concatenate((self.logical, np.array(logical, np.int32)))
+        self._fit()
 
     def keep(self, mask: NDArray[np.bool_]) -> Pages:
         """Keeps the columns in `mask`; returns the pages of the others."""
         gone = self.pages[:, ~mask].astype(np.int64)
         self.pages, self.logical = np.ascontiguousarray(self.pages[:, mask]), self.logical[mask]
+        self._fit()
         return gone
+
+    def forget(self, length: int) -> None:
+        """Rows from position `length` on may change: what was worked out of their pages is not known any more."""
+        self.known = min(self.known, length // self.group.page_size)
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -107,6 +122,17 @@ class Table:
             parts.insert(0, (at, np.where(at < 0, 0, mine)))
         at, where = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
         return at, where
+
+    def _fit(self) -> None:
+        """Extremes have room for as many pages as there are columns. Columns only ever leave at the end there."""
+        if self.extremes is None:
+            return
+        fitting = quest.room(len(self.pages), len(self.logical), self.group.key_width)
+        blocks = min(fitting.shape[1], self.extremes.shape[1])
+        if fitting.shape[1] != self.extremes.shape[1]:
+            fitting[:, :blocks] = self.extremes[:, :blocks]
+            self.extremes = fitting
+        self.known = min(self.known, len(self.logical))
 
     def _kept_pages(self) -> tuple[Pages, Rows]:
         """Pages of kept rows, and how many rows each holds."""

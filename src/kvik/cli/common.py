@@ -34,7 +34,12 @@ ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="smollm2, a safetensors folder, a .gguf file, or a hub id.")
 ]
 KvOption = Annotated[
-    str, typer.Option("--kv", help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …, or tuned.")
+    str,
+    typer.Option(
+        "--kv",
+        help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …, or tuned; "
+        "int8+window:1024,sinks:4,relative goes on past the model's context.",
+    ),
 ]
 WeightsOption = Annotated[str, typer.Option("--weights", help="How weights are held: auto, f32, bf16, int8 or int4.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
@@ -44,7 +49,8 @@ TopPOption = Annotated[float, typer.Option(help="Only the likeliest tokens that 
 TopKOption = Annotated[int, typer.Option(help="Only so many of the likeliest tokens; 0 = all.")]
 SeedOption = Annotated[int | None, typer.Option(help="Makes random choices repeatable.")]
 MaxTokensOption = Annotated[
-    int | None, typer.Option(help="New tokens at the most; by default up to the model's context.")
+    int | None,
+    typer.Option(help="New tokens at the most; by default up to the model's context, a whole one under 'relative'."),
 ]
 StopOption = Annotated[list[str] | None, typer.Option(help="A text that ends the answer; can be given several times.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
@@ -62,12 +68,18 @@ def stdin() -> TextIO:
     return sys.stdin
 
 
-def check_spec(kv: str, *, allow_none: bool) -> None:
-    """Complains about a wrong spec before the model is loaded."""
+def check_spec(kv: str, *, allow_none: bool, evaluates: bool = False) -> None:
+    """Complains about a wrong spec before the model is loaded; about an oracle wherever nothing is evaluated."""
     from kvik.cache.spec import parse_rules
 
-    if not (allow_none and kv == "none") and kv != "tuned":  # what was tuned is known once the model is
-        parse_rules(kv)
+    if (allow_none and kv == "none") or kv == "tuned":  # what was tuned is known once the model is
+        return
+    policies = [rule.retention.policy for rule in parse_rules(kv)[0]]
+    for policy in policies if not evaluates else ():
+        if policy is not None:
+            from kvik.engine.reread import refuse_foresight
+
+            refuse_foresight(policy)
 
 
 @contextmanager

@@ -45,7 +45,8 @@ def run(
         str,
         typer.Option(
             "--kv",
-            help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …, or tuned; none = recompute all.",
+            help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …, or tuned; "
+            "int8+window:1024,sinks:4,relative goes on past the model's context; none = recompute all.",
         ),
     ] = "bf16",
     weights: WeightsOption = "auto",

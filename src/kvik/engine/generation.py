@@ -13,6 +13,7 @@ from torch import Tensor
 from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Bytes
 from kvik.cache.step import Step
+from kvik.engine.reread import Pass, Repetition
 from kvik.engine.sampling import Sampling, choose
 from kvik.errors import UsageError
 from kvik.models.model import Model
@@ -28,7 +29,8 @@ class Request:
 
     Attributes:
         prompt: token ids, at least one.
-        max_tokens: new tokens at the most; None = up to the model's last position.
+        max_tokens: new tokens at the most; None = up to the model's last position, and where there is none
+            (`Spec.longest`) as many as it has positions.
         stop: texts that end the answer; they are not part of it.
         sampling: how tokens are chosen.
     """
@@ -60,29 +62,46 @@ def prefill(
     *,
     watch: Callable[[Step], Chunk] | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    passes: Pass | None = None,
 ) -> Tensor:
     """Takes tokens to the end of a sequence, CHUNK at once at the most, each chunk settled. One token is a chunk too.
+    Where a policy asks for a pass of the model before it chooses, that is made first.
 
     Args:
         model: of whose cache the sequences are.
         sequences: one, or several of one cache that take the same tokens side by side, CHUNK in all at once.
         tokens: ids.
         watch: see `Model.run`.
-        stopping: asked before each chunk; True ends it there.
+        stopping: asked before each chunk, and during a pass; True ends it there. A chunk whose pass was not finished
+            is taken back.
+        passes: makes what policies ask for; None = the model repeats the text (`engine/reread.py`).
 
     Returns:
         Logits after the last token, f32 [sequences, vocabulary]; empty where no chunk was computed.
 
     Raises:
-        ContextError, BudgetError: see `Model.run`; chunks that were done before stay.
+        ContextError, BudgetError: see `Model.run`, and `Repetition.take`; chunks that were done before stay.
     """
+    passes = passes or Repetition()
+    for sequence in sequences:
+        if (at := sequence.next_trigger) is not None and at <= len(sequence) + len(tokens):
+            passes.check(model, sequence, at)
     piece = max(CHUNK // len(sequences), 1)
     logits = torch.empty(0)
     start = 0
     while start < len(tokens) and not stopping():
         chunk = tokens[start : start + min(piece, *(room(sequence) for sequence in sequences))]
         start += len(chunk)
-        logits = model.run([(sequence, chunk) for sequence in sequences], watch=watch)
+        found = model.run([(sequence, chunk) for sequence in sequences], watch=watch)
+        shown = False
+        try:
+            shown = all(passes.take(model, each, watch=watch, stopping=stopping) for each in sequences)
+        finally:
+            for sequence in sequences if not shown else ():
+                sequence.trim(len(sequence) - len(chunk))
+        if not shown:
+            break
+        logits = found
         for sequence in sequences:
             sequence.settle()
     return logits
@@ -114,7 +133,8 @@ class Generation:
             ContextError: the prompt leaves no position for an answer.
         """
         assert model.tokenizer is not None, "text needs a tokenizer"
-        model.check_context(len(request.prompt) + 1)
+        spec = None if sequence is None else sequence.cache.spec
+        model.check_context(len(request.prompt) + 1, spec)
         held = [] if sequence is None else sequence.tokens
         if len(held) >= len(request.prompt) or held != list(request.prompt[: len(held)]):
             raise UsageError(
@@ -134,8 +154,8 @@ class Generation:
         self._decoder = model.tokenizer.stream()
         self._held_back = ""
         self._started = self._stopping = False
-        room = model.config.max_positions - len(request.prompt)
-        self._limit = room if request.max_tokens is None else min(request.max_tokens, room)
+        room = model.longest(spec) - len(request.prompt)
+        self._limit = min(request.max_tokens or model.config.max_positions, room)
         self._full = self._limit == room
 
     def __iter__(self) -> Iterator[str]:
@@ -221,8 +241,11 @@ class Generation:
     def _why_length(self) -> str:
         if not self._full:
             return f"stopped after {self._limit} new tokens; raise --max-tokens for more"
-        positions = self.model.config.max_positions
-        return f"stopped at the model's last position, {positions:,}; shorten the prompt, or use a model with more"
+        last = len(self.request.prompt) + self._limit
+        return (
+            f"stopped at the model's last position, {last:,}; shorten the prompt or use a model with more"
+            f"{self.model.way_beyond}"
+        )
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:

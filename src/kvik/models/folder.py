@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,11 +18,14 @@ from torch import Tensor
 
 from kvik.errors import ConfigError, WeightsError
 from kvik.models.config import Config
+from kvik.models.families import from_hf, from_json
 from kvik.models.fields import brief
 from kvik.models.weights import Weight, check, read_file, read_safetensors, safetensors_files
 from kvik.ops.grouped import GroupQuantized
 
-FORMAT = 1  # of a prepared folder
+FORMAT = 2  # of a prepared folder
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the built-in model's file
+_NAMES = {SMOLLM2_SHA256: "SmolLM2-135M-Instruct"}  # the file calls itself "Smollm2 135M 8k Lc100K Mix1 Ep2"
 _WEIGHTS = "model.safetensors"
 _PARTS = ("codes", "scale", "zero")
 
@@ -58,7 +61,7 @@ def load(folder: Path | str) -> Loaded:
     if "kvik" in values:
         return _load_prepared(folder, values)
     generation = folder / "generation_config.json"
-    config = Config.from_hf(values, _read_json(generation) if generation.is_file() else None, folder.name)
+    config = from_hf(values, _read_json(generation) if generation.is_file() else None, folder.name)
     tensors = check(read_safetensors(folder), config)
     return Loaded(config, tensors, folder, _folder_fingerprint(folder))
 
@@ -86,6 +89,12 @@ def write_prepared(folder: Path, config: Config, tensors: Mapping[str, Weight], 
         "source": dict(source),
     }
     (folder / "config.json").write_text(json.dumps({"kvik": head, "config": described}, indent=1), encoding="utf-8")
+
+
+def makers_name(source: object, name: str) -> str:
+    """What a model's makers call it: by the SHA-256 of the file that it was prepared from, else what the file says."""
+    sha256 = source.get("sha256") if isinstance(source, dict) else None
+    return _NAMES.get(sha256, name) if isinstance(sha256, str) else name
 
 
 def file_sha256(path: Path) -> str:
@@ -129,7 +138,8 @@ def _load_prepared(folder: Path, values: Mapping[str, object]) -> Loaded:
         if path.stat().st_size != size:
             _damaged(folder, f"{path.name} has {path.stat().st_size} bytes instead of {brief(size)}")
     try:
-        config = Config.from_json(described)
+        config = from_json(described)
+        config = replace(config, name=makers_name(head.get("source"), config.name))
         flat, bits = read_file(folder / _WEIGHTS)
         tensors = check(_assembled(flat, bits), config)
     except (ConfigError, WeightsError, KeyError, ValueError) as error:

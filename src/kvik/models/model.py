@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -13,37 +13,19 @@ from kvik.cache.cache import Cache
 from kvik.cache.centres import Centres
 from kvik.cache.prefix import digest
 from kvik.cache.sequence import Sequence as KVSequence
-from kvik.cache.spec import LayerShape, Spec
+from kvik.cache.spec import Spec
 from kvik.cache.step import Step
 from kvik.errors import ContextError, UsageError
+from kvik.models import families
 from kvik.models.config import Config
-from kvik.models.gpt2 import GPT2
-from kvik.models.llama import Llama
+from kvik.models.decoder import Reader
 from kvik.models.parts import Source, arithmetic, multiplied, nbytes
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.watch import Chunk
 from kvik.ops.grouped import GroupQuantized
-from kvik.ops.linear import FORMATS, Format, Linear
+from kvik.ops.linear import FORMATS, Format
 
 Weights = Literal["auto", "f32", "bf16", "int8", "int4"]
-
-
-class Decoder(Protocol):
-    """What a family's file provides."""
-
-    config: Config
-    layers: list[LayerShape]
-    head: Linear
-
-    @property
-    def blocks(self) -> Sequence[object]:
-        """The layers' weights."""
-
-    def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
-        """Takes a step's tokens through all layers; logits of the chosen rows."""
-
-
-FAMILIES: dict[str, Callable[[Config, Source], Decoder]] = {"llama": Llama, "gpt2": GPT2}
 
 
 class Model:
@@ -52,12 +34,14 @@ class Model:
     Attributes:
         config: its sizes.
         decoder: the network.
+        reader: the same where it also reads a source; else None.
         tokenizer: None where the folder has none and none is needed.
         weights: how linear weights are held.
         arithmetic: what computes products and rows: another gives other last bits.
         held: names the weights as they are held, and the arithmetic, for the cache's keys.
         centres: what is subtracted from keys where a cache quantises them; None = nothing. `load` finds them.
         nbytes: bytes of all weights as they are held.
+        read_bytes: of those that every step reads: without tables of which it takes the rows of its tokens.
         row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers.
         head_weights: weights that a row is multiplied with whose logits are wanted.
     """
@@ -85,13 +69,16 @@ class Model:
         if weights == "auto" and self.device.type != "cpu" and self.weights in ("int8", "int4"):
             self.weights = "bf16"
         with torch.inference_mode():
-            self.decoder = FAMILIES[config.family](config, Source(tensors, self.weights, self.device))
+            self.decoder = families.build(config, Source(tensors, self.weights, self.device))
+        reads = any(layer.source for layer in self.decoder.layers)
+        self.reader = cast(Reader, self.decoder) if reads else None
         self.tokenizer = tokenizer
         self.arithmetic = arithmetic(self.decoder, self.device)
         held = f"{self.weights}, {self.arithmetic}"
         self.held = digest(file=fingerprint.encode(), held=held.encode()).hex()
         self.centres: Centres | None = None
         self.nbytes = nbytes(self.decoder)
+        self.read_bytes = nbytes((self.decoder.blocks, self.decoder.norm, self.decoder.head))
         self.row_weights, self.head_weights = multiplied(self.decoder.blocks), multiplied(self.decoder.head)
 
     @property
@@ -107,13 +94,47 @@ class Model:
             from kvik.models.tuned import recall
 
             kv = recall(self.fingerprint, self.config.name, self.weights)
-        return Spec.parse(kv, self.decoder.layers)
+        spec = Spec.parse(kv, self.decoder.layers)
+        self.longest(spec)
+        return spec
 
     def cache(self, kv: str = "bf16", *, memory: int | None = None, shares: bool = True) -> Cache:
         """A cache for this model's rows; see `Cache`."""
         return Cache(
             self.spec(kv), memory=memory, weights=self.held, shares=shares, device=self.device, centres=self.centres
         )
+
+    @torch.inference_mode()
+    def fill(self, cache: Cache, source: Tensor | Sequence[int], salt: str = "") -> bytes:
+        """Makes a source known to a cache. Its encoder runs only where that is news; `Cache.listen` hears of it.
+
+        Args:
+            cache: of this model.
+            source: token ids, or features f32 [frames, channels].
+            salt: only texts opened with the same salt share it.
+
+        Returns:
+            Its digest, for `Cache.open`.
+
+        Raises:
+            UsageError: the model reads no source, or ids are out of range.
+            BudgetError: the cache has no room for its rows; nothing changed.
+        """
+        if self.reader is None:
+            raise UsageError(f"{self.config.name} reads no source beside its text; open a sequence without one")
+        given = source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
+        if given.dtype == torch.int64 and not ((given >= 0) & (given < self.config.vocab_size)).all():
+            raise UsageError(
+                f"token ids must be 0 to {self.config.vocab_size - 1}; got {int(given.min())} to {int(given.max())}"
+            )
+        data = given.detach().cpu().contiguous()
+        name = digest(kind=f"{data.dtype} {tuple(data.shape)}".encode(), data=data.numpy().tobytes())
+        if not cache.knows(name, salt):
+            states = self.reader.encode(given.to(self.device))
+            with cache.fill(name, len(states), salt) as filling:
+                for layer, rows in self.reader.given(states):
+                    filling.append(layer, **rows)
+        return name
 
     @torch.inference_mode()
     def run(
@@ -140,7 +161,7 @@ class Model:
             raise UsageError("run needs at least one sequence and its new tokens")
         known = self.config.vocab_size
         for sequence, tokens in chunks:
-            self.check_context(len(sequence) + len(tokens))
+            self.check_context(len(sequence) + len(tokens), sequence.cache.spec)
             if not all(0 <= token < known for token in tokens):
                 raise UsageError(f"token ids must be 0 to {known - 1}; got {min(tokens)} to {max(tokens)}")
         with chunks[0][0].cache.step(chunks) as step:
@@ -148,13 +169,29 @@ class Model:
             rows = torch.arange(len(step.tokens)) if every else torch.tensor(step.last)
             return self.decoder.forward(step if watch is None else watch(step), ids, rows.to(self.device))
 
-    def check_context(self, tokens: int) -> None:
-        """Raises ContextError if a text of so many tokens is longer than the model's positions."""
-        if tokens > self.config.max_positions:
+    def longest(self, spec: Spec | None = None) -> int:
+        """The most tokens that a text can have under a spec; None = where all rows stay. See `Spec.longest`."""
+        positions = self.config.max_positions
+        return positions if spec is None else spec.longest(positions)
+
+    def check_context(self, tokens: int, spec: Spec | None = None) -> None:
+        """Raises ContextError if a text of so many tokens is longer than `longest`."""
+        most = self.longest(spec)
+        if tokens > self.config.max_positions == most:
             raise ContextError(
-                f"{tokens:,} tokens are more than the {self.config.max_positions:,} positions of {self.config.name}; "
-                "shorten the prompt or choose a model with a longer context"
+                f"{tokens:,} tokens are more than the {most:,} positions of {self.config.name}; shorten the prompt or "
+                f"choose a model with a longer context{self.way_beyond}"
             )
+        if tokens > most:
+            raise ContextError(f"{tokens:,} tokens are more than the {most:,} that any sequence can have; open another")
+
+    @property
+    def way_beyond(self) -> str:
+        """For messages: how a text may get longer than the model's positions; "" where it can't."""
+        if any(layer.frequencies is None for layer in self.decoder.layers):
+            return ""
+        window = min(1024, self.config.max_positions // 2)
+        return f", or let a window move along: --kv int8+window:{window},sinks:4,relative"
 
 
 def load(

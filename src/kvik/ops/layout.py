@@ -27,7 +27,9 @@ from functools import cached_property
 from typing import Literal
 
 SCALE_BYTES = 2
+MOST_POSITIONS = (1 << 31) - 1  # tokens of a sequence: positions are kept in 32 bits
 GRANULE = 4  # bytes that stay together in a page
+TOGETHER = 16  # pages whose extremes lie side by side
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,17 @@ class RowLayout:
         return cls(tuple(Stream.of(*stream) for stream in streams))
 
     @cached_property
+    def keys(self) -> tuple[Stream, ...]:
+        """What a query's products go over, side by side: all streams but `v`."""
+        return tuple(stream for stream in self.streams if stream.name != "v")
+
+    @cached_property
+    def value(self) -> Stream:
+        """What is mixed: `v`; where there is none the first, which is read both ways (latent attention,
+        arXiv:2405.04434)."""
+        return next((stream for stream in self.streams if stream.name == "v"), self.streams[0])
+
+    @cached_property
     def offsets(self) -> dict[str, tuple[int, int]]:
         """For each stream, the byte of a row at which its codes start and the byte at which its scales start."""
         codes, position = [], 0
@@ -156,6 +169,11 @@ class RowLayout:
     def payload_bits(self) -> int:
         """Bits of one row by the formula: codes alone."""
         return sum(s.codec.bits * s.width for s in self.streams)
+
+
+def extremes_bytes(pages: int, width: int) -> int:
+    """Bytes of the extremes of one lane's keys in so many pages (`ops/quest.py`): two bf16 a channel and page."""
+    return -(-pages // TOGETHER) * TOGETHER * 2 * 2 * width
 
 
 def nearest_codec(name: str, known: Sequence[str] = tuple(CODECS)) -> str:

@@ -18,8 +18,8 @@ from torch import Tensor
 from kvik.ops import loader, reference
 from kvik.ops import reads as described
 from kvik.ops.fused import Fused
-from kvik.ops.layout import RowLayout
-from kvik.ops.reads import Kept, Partial, Reads
+from kvik.ops.layout import MOST_POSITIONS, TOGETHER, RowLayout
+from kvik.ops.reads import Kept, Member, Partial, Reads
 
 _KINDS = {"f32": 0, "bf16": 1, "f16": 2}  # attend.h's Kind; int8 is 3, int4 is 4
 _WIDEST = 512
@@ -32,6 +32,7 @@ class Plan:
     def __init__(self, pages: Tensor, reads: Reads) -> None:
         module: Any = loader.built()
         assert pages.dtype == torch.uint8 and pages.is_contiguous(), "pages are bytes"
+        self._key, self._value = reads.layout.streams
         self._pages, self._reads = pages, reads  # held: the plan below knows addresses only
         members = []
         for member in reads.members:
@@ -39,16 +40,18 @@ class Plan:
             assert table.dtype == logical.dtype == "int32", "tables are int32"
             assert table.flags.c_contiguous and logical.flags.c_contiguous, "tables lie without gaps"
             end = member.start + member.count
-            assert end < 1 << 31, "positions fit 31 bits"
-            assert (int(logical[-1]) + 1) * reads.page_size >= end, "there are columns for all new tokens"
+            assert end <= MOST_POSITIONS, "positions fit 31 bits"
+            there = len(logical) and (int(logical[-1]) + 1) * reads.page_size >= end
+            assert there or member.kept is not None, "there are columns for all new tokens, or others to read"
             members += [table.ctypes.data, logical.ctypes.data, table.shape[1], member.start, member.count]
-            members += _kept(member.kept)
-        self._key, self._value = reads.layout.streams
+            members += [*_kept(member.kept), self._extremes(member)]
         self._tokens = reads.tokens
         window = _FAR if reads.window is None else reads.window
         layout = _layout(reads.layout, reads.page_size)
+        select = reads.select
+        choice = [0, 0, 1, 0] if select is None else [select.pages, select.sinks, select.recent, select.dense]
         centre = 0 if reads.centre is None else self._centre(reads.centre)
-        self._plan = module.Plan(pages.data_ptr(), layout, window, reads.sinks, centre, members)
+        self._plan = module.Plan(pages.data_ptr(), layout, window, reads.sinks, centre, members, choice)
         self._append, self._attend = self._plan.append, self._plan.attend
 
     def _centre(self, centre: Tensor) -> int:
@@ -114,6 +117,17 @@ class Plan:
         at, turns = layer.check(x, angles, tokens)
         layer.kernel.run(self._plan, lanes.start, at, tokens, turns)
         return True
+
+    def _extremes(self, member: Member) -> int:
+        """Where they lie; 0: the member's queries read everything."""
+        extremes, size = member.extremes, self._reads.page_size
+        if extremes is None or self._reads.select is None:
+            return 0
+        assert extremes.dtype == "uint16" and extremes.flags.c_contiguous, "extremes are bits of bf16, without gaps"
+        assert member.kept is None and int(member.logical[0]) == 0, "who chooses holds every page"
+        assert (member.start + member.count - 1) // size == member.start // size, "tokens that choose lie in one page"
+        assert extremes.shape[1] * TOGETHER >= len(member.logical) and extremes.shape[3] == self._key.width
+        return int(extremes.ctypes.data)
 
 
 def plan(pages: Tensor, reads: Reads) -> described.Plan:

@@ -48,6 +48,51 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Which pages stand open to a query's choice.
+
+    Attributes:
+        sinks: the first pages, which are always read.
+        recent: the first of the last pages, which are always read.
+        free: how many of those between are read.
+    """
+
+    sinks: int
+    recent: int
+    free: int
+
+
+@dataclass(frozen=True)
+class Select:
+    """Queries read few pages, chosen by each (`ops/quest.py`).
+
+    Attributes:
+        pages: that a lane reads for a query. Those that are always read count, and are read even where they are more.
+        sinks: first positions whose pages are always read.
+        recent: last positions whose pages are always read, the query's own included; at least 1.
+        dense: the group's first lanes, which read everything.
+    """
+
+    pages: int
+    sinks: int
+    recent: int
+    dense: int
+
+    def span(self, position: int, page_size: int) -> Span | None:
+        """What a query at this position chooses from; None: it reads everything, as there are no more pages.
+
+        >>> Select(3, 4, 16, 0).span(101, 32)
+        Span(sinks=1, recent=2, free=0)
+        """
+        pages = position // page_size + 1
+        if pages <= self.pages:
+            return None
+        recent = max(position - self.recent + 1, 0) // page_size
+        sinks = min(-(-self.sinks // page_size), recent)
+        return Span(sinks, recent, min(max(self.pages - sinks - (pages - recent), 0), recent - sinks))
+
+
+@dataclass(frozen=True)
 class Member:
     """One sequence of a step.
 
@@ -57,6 +102,9 @@ class Member:
         start: position of its first new token; there are columns for all new tokens.
         count: new tokens.
         kept: rows from before the table's first position; None = none.
+        extremes: of the keys of every page that is full before the first new token, uint16 [lanes, B, 2, D, 16], see
+            `ops/quest.py`: its queries choose which pages they read, all lie in one page, and the table starts at
+            page 0. None: they read everything.
     """
 
     pages: NDArray[np.int32]
@@ -64,6 +112,7 @@ class Member:
     start: int
     count: int
     kept: Kept | None = None
+    extremes: NDArray[np.uint16] | None = None
 
     @property
     def columns(self) -> int:
@@ -76,12 +125,13 @@ class Reads:
     """A step's sequences, in one group.
 
     Attributes:
-        layout: of a row; streams `k` and `v` where there is attention.
+        layout: of a row: its key streams, and the one that is mixed.
         page_size: N.
-        window: positions that a query sees, its own included; None = all.
+        window: positions that a query sees, its own included; None = all; 0 = the sinks alone.
         sinks: first positions that stay visible though a window has passed them.
         members: in the order of the step's T tokens.
         centre: f32 [lanes of the group, D], subtracted from keys before they are encoded; None = nothing is.
+        select: how queries choose which pages they read; None = they read all that they see.
     """
 
     layout: RowLayout
@@ -90,6 +140,12 @@ class Reads:
     sinks: int
     members: tuple[Member, ...]
     centre: Tensor | None = None
+    select: Select | None = None
+
+    def chooses(self, lanes: slice) -> bool:
+        """Whether some queries of these lanes choose what they read."""
+        select = self.select
+        return select is not None and lanes.start >= select.dense and any(m.extremes is not None for m in self.members)
 
     @property
     def tokens(self) -> int:
@@ -195,7 +251,7 @@ class Plan(Protocol):
 
         Args:
             lanes: which of the group's lanes q's heads read.
-            q: f32 [T, H, D]; head h reads lane h // G.
+            q: f32 [T, H, D]; head h reads lane h // G. D is the width of all key streams together, in their order.
             scale: of the scores.
             softcap: scores become softcap · tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
             bias: f32 [H, R], added to the score of a row that lies r positions back; the last column serves all

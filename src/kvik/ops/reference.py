@@ -23,21 +23,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvik.errors import KvikError
 from kvik.ops import pages as paged
+from kvik.ops import quest
 from kvik.ops.codecs import hadamard
 from kvik.ops.fused import Fused
 from kvik.ops.layout import RowLayout
+from kvik.ops.padding import TILE, row_multiple
 from kvik.ops.reads import Member, Partial, Reads, merge
 
-TILE = 128  # slots; a multiple of every page size
 QUERY_BLOCK = 64  # tokens of one sequence that are attended at once: bounds the scores' memory, not the result
 UNSEEN = -1e30  # finite, so that a tile in which nothing is seen gives weights of exactly 0 and never a NaN
 _NOWHERE = 1 << 60  # the position of a slot that holds nothing: after every query
@@ -95,14 +94,16 @@ class Plan:
     def __init__(self, pages: Tensor, reads: Reads) -> None:
         self.pages = pages
         self.reads = reads
-        self.slots = torch.from_numpy(reads.slots()).to(pages.device)
+        self._slots: Tensor | None = None
         self.blocks = _blocks(reads, pages.device)
         self.kept = _kept_blocks(reads, pages.device)
 
     def append(self, lanes: slice, rows: Mapping[str, Tensor]) -> None:
         """See `ops.reads.Plan.append`."""
+        if self._slots is None:
+            self._slots = torch.from_numpy(self.reads.slots()).to(self.pages.device)
         flat = {name: x.flatten(0, 1) for name, x in self.reads.centred(lanes, rows).items()}
-        paged.write(self.pages, self.reads.layout, self.reads.page_size, self.slots[lanes].t().reshape(-1), flat)
+        paged.write(self.pages, self.reads.layout, self.reads.page_size, self._slots[lanes].t().reshape(-1), flat)
 
     def attend(
         self,
@@ -117,9 +118,15 @@ class Plan:
     ) -> Partial:
         """See `ops.reads.Plan.attend`."""
         self.reads.check(softcap)
-        key, _ = self.reads.layout.streams
-        turned = (hadamard(q) if key.codec.rotated else q) * scale
-        ask = _Ask(self.pages, self.reads, lanes, turned, softcap, bias)
+        if self.reads.chooses(lanes):
+            reads, origins = quest.narrowed(self.reads, lanes, q)
+            found = Plan(self.pages, reads).attend(
+                slice(0, lanes.stop - lanes.start), q,
+                scale=scale, softcap=softcap, bias=bias, want_lse=want_lse, want_mass=want_mass,
+            )  # fmt: skip
+            whole = None if found.mass is None else quest.gathered(found.mass, origins, self.reads)
+            return Partial(found.out, found.lse, whole)
+        ask = _Ask(self.pages, self.reads, lanes, _rotated(q, self.reads.layout) * scale, softcap, bias)
         found = self._over(self.blocks, ask, want_lse or want_mass or bool(self.kept))
         if self.kept:
             found = merge(found, self._over(self.kept, ask, True))
@@ -136,7 +143,7 @@ class Plan:
 
     def _over(self, blocks: list[Block], ask: _Ask, want_lse: bool) -> Partial:
         """Attention over the rows of some blocks; of tokens that ask none of them, nothing."""
-        value, (tokens, heads, _) = self.reads.layout.streams[1], ask.q.shape
+        value, (tokens, heads, _) = self.reads.layout.value, ask.q.shape
         out = ask.q.new_zeros((tokens, heads, value.width))
         lse = ask.q.new_full((tokens, heads), UNSEEN) if want_lse else None
         for block in blocks:
@@ -196,7 +203,7 @@ def _blocks(reads: Reads, device: torch.device) -> list[Block]:
     first = 0
     for number, member in enumerate(reads.members):
         start, end = member.start, member.start + member.count
-        for begin in range(start, end, QUERY_BLOCK):
+        for begin in range(start, end if len(member.logical) else start, QUERY_BLOCK):
             stop = min(begin + QUERY_BLOCK, end)
             last = (stop - 1) // TILE
             held = int(member.logical[0]) * reads.page_size // TILE  # nothing is before it
@@ -294,10 +301,9 @@ def _scores(ask: _Ask, read: Block) -> tuple[Tensor, Tensor]:
     shared, multiple = q.shape[1] // count, row_multiple(q.shape[2], q.device)
     batch, used = count * items, n * shared
     stored = ask.pages.index_select(0, read.pages[ask.lanes].reshape(-1))
-    k, v = (
-        x.reshape(batch * tiles, TILE, -1)
-        for x in paged.decoded(stored, ask.reads.layout, ask.reads.page_size).values()
-    )
+    layout, rows_of = ask.reads.layout, paged.decoded(stored, ask.reads.layout, ask.reads.page_size)
+    k = torch.cat([rows_of[stream.name] for stream in layout.keys], dim=-1).reshape(batch * tiles, TILE, -1)
+    v = rows_of[layout.value.name].reshape(batch * tiles, TILE, -1)
     rows = q.view(items, n, count, shared, -1).permute(2, 0, 1, 3, 4).reshape(batch, used, -1)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, -used % multiple))
     if tiles > 1:
@@ -345,6 +351,13 @@ def _mass(ask: _Ask, read: Block, lse: Tensor) -> Tensor:
     return (scores - whole).exp_().sum(dim=3).reshape(count, items, -1)
 
 
+def _rotated(q: Tensor, layout: RowLayout) -> Tensor:
+    """Queries as the stored keys lie: rotated, stream by stream, where their codec rotates."""
+    parts = torch.split(q, [stream.width for stream in layout.keys], dim=-1)
+    turned = [hadamard(x) if s.codec.rotated else x for x, s in zip(parts, layout.keys, strict=True)]
+    return turned[0] if len(turned) == 1 else torch.cat(turned, dim=-1)
+
+
 def _in_order(parts: Tensor) -> Tensor:
     """[batch, C, M, X] → [batch, M, X]: added one tile at a time, so that trailing and skipped zeros change no bit."""
     first, *others = parts.unbind(1)
@@ -366,29 +379,3 @@ def _bias(bias: Tensor, read: Block, lanes: slice) -> Tensor:
     lane = torch.unflatten(bias, 0, (lanes.stop - lanes.start, -1))
     table = torch.stack([of[:, back[i % len(back)]] for i, of in enumerate(lane)])  # [L, G, I, n, S]
     return table.permute(0, 2, 3, 1, 4)
-
-
-@lru_cache(maxsize=64)
-def row_multiple(width: int, device: torch.device) -> int:
-    """To how many query rows to pad, so that batched products give a row the same bits beside any number of others.
-
-    Args:
-        width: of a head.
-
-    Raises:
-        KvikError: no padding up to 64 rows does on this device.
-    """
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn((6, TILE, width), generator=generator).to(device) for _ in range(3))
-    scores = torch.bmm(q, k.transpose(1, 2))
-    mixed = torch.bmm(scores, v)
-
-    def same(batch: int, rows: int) -> bool:
-        s = torch.bmm(q[:batch, :rows].contiguous(), k[:batch].transpose(1, 2))
-        o = torch.bmm(scores[:batch, :rows].contiguous(), v[:batch])
-        return torch.equal(s, scores[:batch, :rows]) and torch.equal(o, mixed[:batch, :rows])
-
-    for multiple in (4, 8, 16, 32, 64):
-        if all(same(batch, multiple * times) for batch in (1, 2, 3, 6) for times in range(1, TILE // multiple, 3)):
-            return multiple
-    raise KvikError(f"batched products on {device} round differently with the number of rows; use another device")

@@ -181,7 +181,7 @@ class Plan:
         """What the reader should know about the numbers."""
         notes = list(self.shape.notes)
         own = self.shape.context
-        if own is not None and self.tokens > own and not self.shape.encoder_only:
+        if own is not None and self.spec is not None and self.tokens > self.spec.longest(own):
             notes.append(f"{self.tokens:,} tokens are more than the {own:,} that the model was made for")
         return tuple(notes)
 
@@ -279,6 +279,8 @@ def make_plan(
     _whole("--batch", batch, MOST_SEQUENCES)
     rules, page_size = parse_rules(kv)
     spec = Spec.parse(kv, shape.layers) if shape.layers else None
+    if spec is not None and shape.context is not None:
+        spec.longest(shape.context)  # complains where a window is wider
     cross = None
     if shape.cross:
         whole = "; ".join([str(replace(rule, retention=Retention())) for rule in rules] + [f"page {page_size}"])

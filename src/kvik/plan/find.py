@@ -115,5 +115,6 @@ def _from_gguf(path: Path) -> ModelShape:
     config = {ours: fields.get(f"{family}.{theirs}") for ours, theirs in _GGUF_KEYS.items()}
     shape = from_config({"model_type": "plain", **config}, path.stem)
     window = fields.get(f"{family}.attention.sliding_window") or None
-    layers = tuple(replace(layer, window=window) for layer in shape.layers)
+    turned = None if family == "gpt2" else ()
+    layers = tuple(replace(layer, window=window, frequencies=turned) for layer in shape.layers)
     return replace(shape, family=family, layers=layers, parameters=parameters, stored=stored, notes=())

@@ -54,11 +54,6 @@ class ModelShape:
     stored: int | None = None
     notes: tuple[str, ...] = ()
 
-    @property
-    def encoder_only(self) -> bool:
-        """Whether there is nothing that a cache could keep."""
-        return not self.layers and not self.cross
-
 
 class _Config:
     """A config with whole numbers taken by name. The family's defaults stand in for absent keys; null is none."""
@@ -102,9 +97,9 @@ class _Config:
         return _DTYPES.get(str(self.raw.get("torch_dtype") or self.raw.get("dtype")).removeprefix("torch."), "f16")
 
 
-def kv(heads: int, width: int, window: int | None = None) -> LayerShape:
-    """A layer of ordinary attention: k and v of each KV head."""
-    return LayerShape(heads, (("k", width), ("v", width)), window)
+def kv(heads: int, width: int, window: int | None = None, turned: bool = False) -> LayerShape:
+    """A layer of ordinary attention: k and v of each KV head; `turned`: positions turn k, by whatever angles."""
+    return LayerShape(heads, (("k", width), ("v", width)), window, () if turned else None)
 
 
 def latent(width: int, rope: int) -> LayerShape:
@@ -153,14 +148,21 @@ def _windows(c: _Config, layers: int, pattern: Callable[[int], bool]) -> list[in
     return [c("sliding_window") if t == "sliding_attention" else None for t in types]
 
 
-def _decoder(c: _Config, parameters: int | None, windows: list[int | None], notes: tuple[str, ...] = ()) -> ModelShape:
+def _decoder(
+    c: _Config,
+    parameters: int | None,
+    windows: list[int | None],
+    notes: tuple[str, ...] = (),
+    *,
+    turned: bool = True,
+) -> ModelShape:
     heads, shared, width = c.heads()
     family = str(c.raw["model_type"])
     return ModelShape(
         name=family,
         family=family,
         parameters=parameters,
-        layers=tuple(kv(shared, width, window) for window in windows),
+        layers=tuple(kv(shared, width, window, turned) for window in windows),
         d_model=c("hidden_size", "n_embd", "d_model"),
         query_heads=heads,
         head_dim=width,
@@ -241,7 +243,7 @@ def _gpt2(c: _Config) -> ModelShape:
     ff = c.maybe("n_inner") or 4 * d
     layer = 4 * d * d + 4 * d + 2 * d * ff + ff + d + 4 * d  # attention, feed-forward, two norms; all with biases
     tied = 1 if c.flag("tie_word_embeddings") else 2
-    return _decoder(c, layers * layer + 2 * d + (tied * vocab + positions) * d, [None] * layers)
+    return _decoder(c, layers * layer + 2 * d + (tied * vocab + positions) * d, [None] * layers, turned=False)
 
 
 def _opt(c: _Config) -> ModelShape:
@@ -254,7 +256,7 @@ def _opt(c: _Config) -> ModelShape:
     final = norm if c.flag("do_layer_norm_before") and not c.flag("_remove_final_layer_norm") else 0
     outside = (1 if c.flag("tie_word_embeddings") else 2) * vocab * narrow + (c("max_position_embeddings") + 2) * d
     project = 2 * d * narrow if narrow != d else 0
-    return _decoder(c, layers * layer + final + outside + project, [None] * layers)
+    return _decoder(c, layers * layer + final + outside + project, [None] * layers, turned=False)
 
 
 def _falcon(c: _Config) -> ModelShape:
@@ -272,7 +274,8 @@ def _falcon(c: _Config) -> ModelShape:
     layer = d * qkv + d * d + 2 * d * ff + bias * (qkv + 2 * d + ff) + (4 if two_norms else 2) * d
     tied = 1 if c.flag("tie_word_embeddings") else 2
     known = {"hidden_size": d, "num_attention_heads": heads, "num_key_value_heads": shared}
-    return _decoder(_Config({**c.raw, **known}), layers * layer + 2 * d + tied * c("vocab_size") * d, [None] * layers)
+    parameters = layers * layer + 2 * d + tied * c("vocab_size") * d
+    return _decoder(_Config({**c.raw, **known}), parameters, [None] * layers, turned=not c.flag("alibi"))
 
 
 def _deepseek(c: _Config) -> ModelShape:

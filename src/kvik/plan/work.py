@@ -33,7 +33,7 @@ class Work:
         pairs: of a query and a key that it sees.
         products: floating-point operations of projections, feed-forward parts and the head.
         attention: floating-point operations of scores and of mixing values.
-        weights_read: bytes of weights.
+        weights_read: bytes of weights, without tables of which a step takes single rows.
         rows_read: bytes of stored rows, scales included, each row once a step.
     """
 
@@ -69,6 +69,7 @@ class Arithmetic:
         row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers.
         head_weights: weights that a row is multiplied with whose logits are wanted.
         weight_bytes: of all of them as they are held.
+        read_bytes: of those that every step reads: embeddings only where they are the head too.
     """
 
     spec: Spec
@@ -77,13 +78,15 @@ class Arithmetic:
     row_weights: int
     head_weights: int
     weight_bytes: int
+    read_bytes: int
 
     @classmethod
     def of(cls, model: Model, kv: str = "bf16") -> Arithmetic:
         """A loaded model's."""
         plain = model.spec("f32")
         shared = model.config.heads // model.config.kv_heads
-        return cls(model.spec(kv), plain, shared, model.row_weights, model.head_weights, model.nbytes)
+        products = model.row_weights, model.head_weights
+        return cls(model.spec(kv), plain, shared, *products, model.nbytes, model.read_bytes)
 
     def step(self, tokens: int, *, cached: bool = True, chunk: int = 1, batch: int = 1) -> Work:
         """One step, at whose end each of `batch` sequences has `tokens` tokens.
@@ -105,7 +108,7 @@ class Arithmetic:
             attention += 2 * mine * sum(stream.width for stream in group.layout.streams)
             read += lanes * _read(group, tokens, chunk) * group.layout.row_bytes
         products = 2 * (chunk * self.row_weights + self.head_weights)
-        return Work(batch * rows, batch * pairs, batch * products, batch * attention, self.weight_bytes, batch * read)
+        return Work(batch * rows, batch * pairs, batch * products, batch * attention, self.read_bytes, batch * read)
 
     def text(self, tokens: int, *, cached: bool = True, prefill: int = 1) -> Work:
         """All steps of a text: a first one of `prefill` tokens at the most, then one for each further token."""
@@ -118,20 +121,28 @@ class Arithmetic:
     @property
     def equal_work(self) -> int | None:
         """The length at which a new token's attention takes as many operations as its products; None = never."""
-        return self._first(lambda work: work.attention >= work.products)
+        return _first(lambda tokens: (work := self.step(tokens)).attention >= work.products)
 
     @property
     def equal_bytes(self) -> int | None:
         """The length at which the cache has as many bytes to read as the weights; None = never."""
-        return self._first(lambda work: work.rows_read >= work.weights_read)
+        return _first(lambda tokens: (work := self.step(tokens)).rows_read >= work.weights_read)
 
-    def _first(self, reached: Callable[[Work], bool]) -> int | None:
-        high = 1
-        while not reached(self.step(high)):
-            high *= 2
-            if high > 1 << 40:
-                return None
-        return bisect_left(range(1, high + 1), True, key=lambda tokens: reached(self.step(tokens))) + 1
+    @property
+    def equal_held(self) -> int | None:
+        """The length at which the cache's payload has as many bytes as all weights; None = never."""
+        rows = [(group.retention, len(group.lanes) * group.layout.payload_bits) for group in self.spec.groups]
+        return _first(lambda tokens: sum(kept.rows(tokens) * bits for kept, bits in rows) >= 8 * self.weight_bytes)
+
+
+def _first(reached: Callable[[int], bool]) -> int | None:
+    """The first length that reaches something; None = none does."""
+    high = 1
+    while not reached(high):
+        high *= 2
+        if high > 1 << 40:
+            return None
+    return bisect_left(range(1, high + 1), True, key=reached) + 1
 
 
 def _seen(retention: Retention, tokens: int) -> int:

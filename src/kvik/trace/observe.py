@@ -6,7 +6,7 @@ of values.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvik.cache.relative import turned_back
 from kvik.cache.retention import Retention
-from kvik.cache.spec import Spec
+from kvik.cache.spec import Group, Spec
 from kvik.models.watch import Chunk, Watch
 from kvik.ops.reads import Partial, visible
 
@@ -53,7 +54,7 @@ class Asked:
     softcap: float | None = None
     bias: Tensor | None = None
 
-    def weights(self, k: Tensor, seen: Tensor) -> Tensor:
+    def weights(self, k: Tensor, seen: Tensor, groups: Sequence[Group]) -> Tensor:
         """What softmax gave each row: f32 [T, H, n], exactly 0 for a row that the query does not see.
 
         Query head h reads lane h // (H / L), and its weights are exp(q·k·scale - lse).
@@ -61,10 +62,18 @@ class Asked:
         Args:
             k: f32 [L, n, D], the rows of positions 0 … n - 1; anything where there is none.
             seen: bool [L, T, n].
+            groups: of each lane.
         """
         shared = self.q.shape[1] // k.shape[0]
         q = torch.unflatten(self.q.double(), 1, (-1, shared))
-        scores = torch.einsum("tlgd,lnd->tlgn", q, k.double()).flatten(1, 2) * self.scale
+        scores = torch.einsum("tlgd,lnd->tlgn", q, k.double())
+        for lane, group in enumerate(groups):
+            kept = group.retention
+            if kept.reach is not None and group.frequencies:
+                back = turned_back(q[:, lane].float(), self.positions, kept.reach, group.frequencies).double()
+                sinks = k[lane, : kept.sinks].double()
+                scores[:, lane, :, : kept.sinks] = back @ sinks.T
+        scores = scores.flatten(1, 2) * self.scale
         if self.softcap is not None:
             scores = (scores / self.softcap).tanh() * self.softcap
         if self.bias is not None:
@@ -74,9 +83,14 @@ class Asked:
         return torch.where(seen.transpose(0, 1).repeat_interleave(shared, dim=1), weights, 0.0)
 
 
+def grouped(spec: Spec) -> dict[tuple[int, int], Group]:
+    """What is kept, and which rows of it, by (layer, lane)."""
+    return {lane: group for group in spec.groups for lane in group.lanes}
+
+
 def retained(spec: Spec) -> dict[tuple[int, int], Retention]:
     """Which rows stay, by (layer, lane)."""
-    return {lane: group.retention for group in spec.groups for lane in group.lanes}
+    return {lane: group.retention for lane, group in grouped(spec).items()}
 
 
 class Tally:
@@ -94,8 +108,8 @@ class Tally:
             heads: query heads of a layer.
             keep: layers whose attention is kept.
         """
-        self.retained = retained(spec)
-        layers, lanes = (max(numbers) + 1 for numbers in zip(*self.retained, strict=True))
+        self.groups = grouped(spec)
+        layers, lanes = (max(numbers) + 1 for numbers in zip(*self.groups, strict=True))
         self.keep = frozenset(keep)
         self.asked: dict[int, Asked] = {}
         self._rows = np.zeros((layers, lanes), np.int64)
@@ -122,11 +136,11 @@ class Tally:
 
     def attended(self, layer: int, heads: int, seen: dict[Retention, int], positions: list[int]) -> None:
         """Queries of so many heads were asked at these positions; `seen` is the step's, to count each mask once."""
-        lanes = [lane for at, lane in self.retained if at == layer]
+        lanes = [lane for at, lane in self.groups if at == layer]
         shared = heads // len(lanes)
         asking, held = np.array(positions)[:, None], np.array(self._held[layer])[None, :]
         for lane in lanes:
-            kept = self.retained[layer, lane]
+            kept = self.groups[layer, lane].retention
             if kept not in seen:
                 seen[kept] = int(visible(asking, held, kept.window, kept.sinks).sum())
             self._pairs[layer, lane * shared : (lane + 1) * shared] += seen[kept]

@@ -247,7 +247,7 @@ def collect(
         layers=config.layers,
         heads=config.heads,
         lanes=config.kv_heads,
-        rotated=config.rope is not None,
+        rotated=all(layer.frequencies is not None for layer in model.decoder.layers),
         hides=retained(spec) != retained(model.spec("f32")),
         page_size=spec.page_size,
         frames=tuple(frames),
@@ -295,15 +295,16 @@ def _look(tally: Tally, sequence: KVSequence, layer: int, rows: dict[str, Tensor
     k = torch.zeros(lanes, n, width)  # by position; nobody sees a row that is not there
     k[:, rows["positions"]] = rows["k"].cpu()
     asking, every = asked.positions.numpy()[:, None], np.arange(n)[None, :]
-    kept = [tally.retained[layer, lane] for lane in range(lanes)]
-    seen = torch.from_numpy(np.stack([visible(asking, every, each.window, each.sinks) for each in kept]))
+    groups = [tally.groups[layer, lane] for lane in range(lanes)]
+    masks = [(each.retention.window, each.retention.sinks) for each in groups]
+    seen = torch.from_numpy(np.stack([visible(asking, every, *mask) for mask in masks]))
     new = rows["positions"] >= start
     return Look(
         layer=layer,
         q=asked.q,
         k=rows["k"][:, new].cpu(),
         v=rows["v"][:, new].cpu(),
-        weights=asked.weights(k, seen),
+        weights=asked.weights(k, seen, groups),
         out=asked.out,
         seen=seen,
         held=torch.from_numpy(_held(sequence, layer, lanes)),

@@ -1,0 +1,28 @@
+"""What a model asks of a cache, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer keeps of a token, or of a row of the source.
+
+    Attributes:
+        heads: KV heads (lanes).
+        streams: names and widths, (("k", 64), ("v", 64)) for ordinary attention.
+        window: the model's own sliding window in positions, None = all.
+        frequencies: radians a position by which neighbouring pairs of a key's channels are turned; None = not turned;
+            none at all = turned, but nobody asked by how much (plans).
+        source: its rows are a source's (cross-attention): given once, seen by every token, the same for all who ask
+            about that source. Such layers come after all others.
+        reads: it keeps nothing of its own and reads what this earlier layer keeps (arXiv:2405.12981); None = its own.
+    """
+
+    heads: int
+    streams: tuple[tuple[str, int], ...]
+    window: int | None = None
+    frequencies: tuple[float, ...] | None = None
+    source: bool = False
+    reads: int | None = None

@@ -1,0 +1,52 @@
+"""What a family's network provides to the rest of kvik."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from kvik.cache.spec import LayerShape
+from kvik.models.watch import Chunk
+from kvik.ops.linear import Linear
+from kvik.ops.pointwise import RowFunction
+
+
+class Decoder(Protocol):
+    """A network that takes chunks of text through its layers.
+
+    Attributes:
+        layers: what each layer keeps of a token.
+        head: the output projection.
+    """
+
+    layers: list[LayerShape]
+    head: Linear
+
+    @property
+    def blocks(self) -> Sequence[object]:
+        """The layers' weights."""
+
+    @property
+    def norm(self) -> RowFunction:
+        """What stands before the head."""
+
+    def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Takes a step's tokens through all layers; logits of the chosen rows."""
+
+
+class Reader(Decoder, Protocol):
+    """A decoder that also reads a source (cross-attention): its `layers` are those of the text, and after them those
+    of the source (`LayerShape.source`)."""
+
+    def encode(self, source: Tensor) -> Tensor:
+        """A source as its encoder sees it, every row beside all others: f32 [rows, width].
+
+        Args:
+            source: token ids, int64 [n], or features, f32 [frames, channels].
+        """
+
+    def given(self, states: Tensor) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """What the text's tokens will read of a source: for each of its layers the index, and f32 [rows, heads, width]
+        for each stream."""

@@ -1,0 +1,90 @@
+"""The families that kvik runs: which file reads a model's metadata, and which network it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvik.models import gpt2, llama
+from kvik.models.config import Config
+from kvik.models.decoder import Decoder
+from kvik.models.fields import Fields
+from kvik.models.parts import Source
+
+
+@dataclass(frozen=True)
+class Family:
+    """What one family's file provides.
+
+    Attributes:
+        config: its sizes.
+        read: them from config.json and generation_config.json, and a name for people.
+        build: the network from its sizes and weights.
+        kinds: the values of config.json's `model_type` that it serves.
+        read_gguf: its sizes from a GGUF file's fields; None = it has no such files.
+    """
+
+    config: type[Config]
+    read: Callable[[Fields, Fields, str], Config]
+    build: Callable[[Any, Source], Decoder]
+    kinds: tuple[str, ...]
+    read_gguf: Callable[[Fields], Config] | None = None
+
+
+FAMILIES = (
+    Family(llama.LlamaConfig, llama.read, llama.Llama, ("llama", "mistral"), llama.read_gguf),
+    Family(gpt2.GPT2Config, gpt2.read, gpt2.GPT2, ("gpt2",), gpt2.read_gguf),
+)
+_BY_NAME = {family.config.family: family for family in FAMILIES}
+_BY_KIND = {kind: family for family in FAMILIES for kind in family.kinds}
+_GGUF = {name: family for name, family in _BY_NAME.items() if family.read_gguf is not None}
+
+_GGUF_KEYS = [  # what kvik reads, or knows to be without effect on the numbers; each under "<arch>."
+    *("vocab_size", "context_length", "embedding_length", "feed_forward_length", "block_count", "tensor_data_layout"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.sliding_window"),
+    *("rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"),
+    *("rope.scaling.attn_factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "expert_count", "expert_used_count"),
+]
+
+
+def from_hf(values: Mapping[str, object], generation: Mapping[str, object] | None, name: str) -> Config:
+    """From config.json, and generation_config.json where there is one.
+
+    Raises:
+        ConfigError: no family serves its model_type; a key is missing or its value can't be used.
+    """
+    fields = Fields(values, f"{name}: config.json")
+    kind = fields.text("model_type", among=_BY_KIND)
+    fields.refuse_unless("quantization_config", ())
+    return _BY_KIND[kind].read(fields, Fields(generation or {}, f"{name}: generation_config.json"), name)
+
+
+def from_gguf(values: Mapping[str, object]) -> Config:
+    """From the fields that `read_gguf` returns: the file's own, "GGUF.tensors" (the tensors' names, which say
+    whether embeddings are tied and projections have biases) and "GGUF.rope_freqs" (that tensor, if there).
+
+    Raises:
+        ConfigError: no family serves the architecture; a key is missing, unknown, or can't be used.
+    """
+    name = values.get("general.name")
+    fields = Fields(values, name if isinstance(name, str) and name else "GGUF model")
+    arch = fields.text("general.architecture", among=_GGUF)
+    fields.refuse_unknown([f"{arch}.{key}" for key in _GGUF_KEYS], prefix=f"{arch}.")
+    fields.refuse_unless(f"{arch}.expert_count", (0,))
+    read = _GGUF[arch].read_gguf
+    assert read is not None, "only those that read such files are asked"
+    return read(fields)
+
+
+def from_json(values: Mapping[str, object]) -> Config:
+    """What `Config.to_json` gave, checked again. Raises ConfigError."""
+    family = Fields(values, "prepared config.json").text("family", among=_BY_NAME)
+    return _BY_NAME[family].config.from_json(values)
+
+
+def build(config: Config, source: Source) -> Decoder:
+    """The network that a configuration describes."""
+    return _BY_NAME[config.family].build(config, source)
