@@ -32,7 +32,7 @@ from kvik.ops.reads import Partial
 if TYPE_CHECKING:
     from kvik.models.model import Model
 
-VERSION = 1  # of the text and of the way centres are found: another one finds others
+VERSION = 2  # of the text and of the way centres are found: another one finds others
 TOKENS = 512  # of the text, at most: 256 to 2,048 gave the same
 FEWEST = 64  # of fewer tokens nothing is known
 _PLACES = 4  # positions that each key is turned to
