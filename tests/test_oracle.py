@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench_models import SIZES, check_refused, ids
 from eval_models import command, evaluation, made, reader
 from helpers import Toy, make_cache, shapes
+from kvik.cache.policy import Policy
 from kvik.engine.generation import generate, prefill
 from kvik.errors import SpecError
 from kvik.eval import draw_frontier, evaluate, oracle
@@ -191,6 +192,11 @@ def test_what_chooses_nothing_is_held_against_nothing(kv):
     assert baselines(kv, PREFIX, "prompt") == []
 
 
+def test_a_bound_on_rows_is_never_fewer_of_the_prefix():
+    ((kv,),) = baselines("int8+keydiff:50rows", 150, "prompt")[1:]
+    assert kv == "int8+oracle:33.3334%" and Policy.parse(kv.split("+")[1]).budget_at(150) == 50
+
+
 def test_where_no_prompt_ends_only_bounds_on_rows_have_a_chance():
     assert baselines("int8+snapkv:25%", PREFIX, "stream") == []
     assert baselines("int8+keydiff:64rows", PREFIX, "stream")[0][0] == "int8+random:64rows"
@@ -216,7 +222,8 @@ def test_baselines_are_measured_once_and_shown_as_one(model, text):
     facts = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert [each["spec"] for each in facts["baselines"]] == [each.spec for each in found.baselines]
     assert facts["baselines"][0]["kl"]["seeds"] == list(chance.spread)
-    assert all(0 < each["attention_recall"] <= 1 for each in facts["specs"] + facts["baselines"])
+    recalls = [each["attention_recall"] for each in facts["specs"] + facts["baselines"]]
+    assert recalls == [each.recall for each in found.every] and recalls[0] == 1.0 > max(recalls[1:])
     assert evaluate(model, text, specs, **MEASURE).baselines == ()
 
 

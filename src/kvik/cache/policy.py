@@ -8,6 +8,7 @@ A policy stands in a spec behind a `+`, where a window would stand:
     rkv:512rows,every:64          looked at every 64 positions: never more than 512 + 64
     pyramid(snapkv):25%           lower layers keep more; `ada`: lanes of a layer share; `global`: all lanes share
     ada(chunk(expected)):30%      runs of 20 positions stay or go together
+    global(kvzip):25%             as the model looks at them while it repeats the prompt, which the engine sees to
     quest:16pages                 nothing goes; each query after the prompt reads 16 pages of each lane
     h2o:25%,sinks:8,recent:64     the first 8 positions and the last 64 stay whatever they score (by default 4 and 32)
 
