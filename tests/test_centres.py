@@ -240,7 +240,11 @@ def test_policies_see_whole_keys(monkeypatch, ops):
 
     honest = compaction.apply
     monkeypatch.setattr(compaction, "apply", apply)
-    toy, cache, tokens = Shifted(), make_cache("int8+knorm:25%; layers 1 heads 1: int4", LAYERS, centres=far()), text(256)
+    toy, cache, tokens = (
+        Shifted(),
+        make_cache("int8+knorm:25%; layers 1 heads 1: int4", LAYERS, centres=far()),
+        text(256),
+    )
     with cache.open(tokens) as sequence:
         toy.fill(sequence, tokens)
         sequence.settle()

@@ -105,7 +105,9 @@ def test_turned_keys_are_centred_for_all_positions_of_the_model(start):
     pairs = torch.tensor(frequencies, dtype=torch.float64)
     content = torch.tensor([3.0, 4.0]).repeat(4).expand(512, 1, 8)
     keys = turned(content, turns(pairs, torch.arange(start, start + 512))[:, None])
-    got = torch.view_as_complex(middle(keys, list(range(start, start + 512)), frequencies, reach).unflatten(-1, (-1, 2)))
+    got = torch.view_as_complex(
+        middle(keys, list(range(start, start + 512)), frequencies, reach).unflatten(-1, (-1, 2))
+    )
     got = got[0]
     assert got[:2].abs().max() < 0.2
     assert (got[3] - (3 + 4j)).abs() < 0.01

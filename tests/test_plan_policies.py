@@ -100,6 +100,13 @@ def test_a_spec_without_a_policy_says_nothing_of_it():
     assert "a token, once rows leave" in printed(make_plan(SHAPE, kv="int8+keydiff:1024rows", context=4096))
 
 
+def test_a_models_own_windows_are_no_policys():
+    plan = make_plan(lookup("gemma-3-1b"), kv="int8+snapkv:25%", context=4096)
+    assert any("22 layers have a window of their own" in note for note in plan.notes)
+    assert not any("window" in note for note in make_plan(lookup("gemma-3-1b"), kv="int8", context=4096).notes)
+    assert not any("window" in note for note in make_plan(SHAPE, kv="int8+snapkv:25%", context=4096).notes)
+
+
 def test_json_has_the_peak_and_the_words():
     told = json.loads(json.dumps(run_plan("smollm2", kv="int8+snapkv:25%", context=4096).to_dict()))["cache"]
     assert told["peak"] == make_plan(SHAPE, kv="int8", context=4096).total.allocated

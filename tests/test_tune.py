@@ -22,7 +22,8 @@ def tuning(memory=None, max_kl=None, **figures):
     """Candidates of (bytes, KL); what is over the memory was not measured."""
     candidates = tuple(
         Candidate(
-            spec, Bytes(size - 2, 2), None if memory is not None and size > memory else made(spec, kl, float(size))
+            spec, Bytes(size - 2, 2), size,
+            None if memory is not None and size > memory else made(spec, kl, float(size)),
         )
         for spec, (size, kl) in (figures or FIGURES).items()
     )  # fmt: skip
@@ -94,6 +95,20 @@ def test_the_table_says_why_each_was_left():
     assert "asked at most 140 B for 4,096 tokens and a mean KL of 0.040; of those, the lowest KL" in words
     assert "taken int8-rot: 133 B, mean KL 2.0e-4, 95 % of the mean 1.0e-4 to 3.0e-4" in words
     assert "taken" not in " ".join(printed(tuning(memory=71)).split())
+
+
+def test_what_must_fit_is_the_most_that_is_held_at_any_time():
+    """A policy that chooses at the prompt's end has taken all of it in."""
+    plain, part = Candidate("int8", Bytes(98, 2), 100, made("int8", 0.01, 100.0)), "int8+snapkv:25%"
+    dropping = Candidate(part, Bytes(24, 1), 100, made(part, 0.2, 25.0, kept=0.25))
+    found = Tuning(SETUP, WHERE, 4096, 60, None, (plain, replace(dropping, measured=None)))
+    assert found.winner is None and "takes 100 B" in found.why_none
+    close = Tuning(SETUP, WHERE, 4096, None, 0.3, (plain, dropping))
+    assert close.winner is dropping, "without a limit of memory, what stays counts"
+    text = " ".join(printed(close).split())
+    assert "int8+snapkv:25% 25 B 100 B 0.20" in text and "at most on the way there" in text
+    assert "at most on the way" not in " ".join(printed(tuning(max_kl=1.0)).split())
+    assert close.to_dict()["candidates"][1]["bytes"] == {"payload": 24, "overhead": 1, "allocated": 25, "peak": 100}
 
 
 def test_json_has_every_candidate_and_the_winner():

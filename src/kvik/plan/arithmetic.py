@@ -198,6 +198,9 @@ class Plan:
         own = self.shape.context
         if own is not None and self.spec is not None and self.tokens > self.spec.longest(own):
             notes.append(f"{self.tokens:,} tokens are more than the {own:,} that the model was made for")
+        windowed = sum(layer.window is not None for layer in self.shape.layers)
+        if windowed and any(rule.retention.policy is not None for rule in parse_rules(self.kv)[0]):
+            notes.append(f"{windowed} layers have a window of their own, which stays as it is: no policy chooses there")
         return tuple(notes)
 
     def _held(self, tokens: int) -> Bytes:
