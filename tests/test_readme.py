@@ -52,6 +52,9 @@ def test_command_runs_as_written(line, tmp_path, kvik_here, loaded_once):
         words += ["--contexts", "8", "--tokens", "1", "--rounds", "1"]
     if words[0] == "doctor":
         words.append("--no-measure")
+    if words[0] == "heads":
+        (tmp_path / "my.txt").write_text(README)
+        words = [str(tmp_path / word) if word == "my.txt" else word for word in words] + ["--tokens", "64"]
     if words[0] in ("eval", "tune"):
         words += ["--documents", "1", "--prefix", "48", "--scored", "2"]
         if "--needles" in words:  # minutes

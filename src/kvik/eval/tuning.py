@@ -159,7 +159,8 @@ def ladder(layers: int, context: int, *, lossy: bool = False) -> list[str]:
     Args:
         layers: of the model.
         context: tokens that a sequence will have.
-        lossy: also such as drop rows: windows of a half and a quarter of the context.
+        lossy: also such as drop rows, to a half and a quarter: windows, and the policies that were nearest to the full
+            cache for their cost (`docs/fidelity.md`): one that needs a pass of the model, two that look at rows.
 
     >>> ladder(30, 4096)[-2:]
     ['int4; layers 0-1: int8', 'int4']
@@ -173,6 +174,7 @@ def ladder(layers: int, context: int, *, lossy: bool = False) -> list[str]:
         for part in (2, 4):
             kept = f"window:{max(context // part, 1)},sinks:4"
             specs += [f"int8+{kept}", f"k8v4+{kept}"]
+            specs += [f"int8+{name}:{100 // part}%" for name in ("global(kvzip)", "ada(keydiff)", "expected")]
     return specs
 
 
