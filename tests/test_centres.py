@@ -188,7 +188,7 @@ def test_segments_with_different_centres_merge(isa, other, backend):
 def test_a_softcap_is_refused_with_the_way_out(ops):
     cache = make_cache("int8", LAYERS, centres=far())
     toy = Toy(LAYERS)
-    with pytest.raises(UsageError, match="softcap bends scores.*without centres"):
+    with pytest.raises(UsageError, match=r"softcap bends scores.*without centres"):
         toy.run([(cache.open(), text(3))], softcap=30.0)
     toy.run([(make_cache("f32", LAYERS, centres=far()).open(), text(3))], softcap=30.0)
 
@@ -297,6 +297,20 @@ def test_centres_for_other_layers_are_refused(layers, named):
     with pytest.raises(UsageError, match=named):
         make_cache("int8", LAYERS, centres=far(layers))
     make_cache("f32", LAYERS, centres=far(layers))
+
+
+def test_keys_that_no_centre_is_for_are_left_alone():
+    turned = [replace(layer, frequencies=(1.0,) * 8) for layer in LAYERS]
+    spec = "int8+window:64,sinks:4"
+    assert make_cache(spec, turned, centres=far()).centres[0] is not None
+    cache = make_cache(f"{spec},relative", turned, centres=far())
+    assert cache.centres == [None], "they may stand beyond the positions that the model knows"
+    assert cache.open()._root == make_cache(f"{spec},relative", turned).open()._root
+    source = [*LAYERS, replace(LAYERS[0], source=True)]
+    assert [c is None for c in make_cache("int8", source, centres=far(LAYERS)).centres] == [False, True]
+    gap = Centres([*far().layers, torch.zeros(0, 0)])
+    latent = replace(LAYERS[0], heads=1, streams=(("latent", 16), ("rope", 8)))
+    assert [c is None for c in make_cache("int8", [*LAYERS, latent], centres=gap).centres] == [False, True]
 
 
 @pytest.mark.parametrize("bad", [torch.full((2, 16), torch.nan), torch.zeros(16), torch.zeros(2, 16).double()])

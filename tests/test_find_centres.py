@@ -100,7 +100,7 @@ def test_the_text_and_the_version_belong_together():
 
 @pytest.mark.parametrize("start", [0, 5000])
 def test_turned_keys_are_centred_for_all_positions_of_the_model(start):
-    """Slow pairs stay where they are, fast ones lie all around, and between them a pair lies on a part of its circle."""
+    """Slow pairs stay where they are, fast ones lie all around, between them a pair lies on a part of its circle."""
     reach, frequencies = 8192, (1.0, 0.05, 1.6e-4, 1e-7)
     pairs = torch.tensor(frequencies, dtype=torch.float64)
     content = torch.tensor([3.0, 4.0]).repeat(4).expand(512, 1, 8)

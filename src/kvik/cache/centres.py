@@ -23,7 +23,7 @@ class Centres:
     codec.
 
     Attributes:
-        layers: for each, f32 [heads, width of a key].
+        layers: for each, f32 [heads, width of a key]; [0, 0] where it keeps no keys of its own text.
     """
 
     def __init__(self, layers: Sequence[Tensor]) -> None:
@@ -45,13 +45,14 @@ class Centres:
         return sha.hexdigest()
 
     def of(self, group: Group, device: torch.device) -> Tensor | None:
-        """f32 [lanes of the group, width]; None where its keys are not quantised, or are a source's.
+        """f32 [lanes of the group, width]; None where keys are not quantised, are a source's, or may stand beyond the
+        positions that the model knows (slow pairs of channels turn away from their centre there).
 
         Raises:
             UsageError: they were made for other layers.
         """
         keys = next((stream for stream in group.layout.streams if stream.name == "k"), None)
-        if group.source or keys is None or not keys.codec.quantises:
+        if group.source or group.retention.relative or keys is None or not keys.codec.quantises:
             return None
         for layer, head in group.lanes:
             have = tuple(self.layers[layer].shape) if layer < len(self.layers) else (0, 0)

@@ -60,14 +60,14 @@ def obtain(model: Model, progress: Progress = quiet) -> Centres | None:
 
 
 def find(model: Model, progress: Progress = quiet) -> Centres | None:
-    """Runs the model over the text. None where it has no tokenizer, where the text has too few tokens or the keys are
-    no numbers, or where a softcap bends its scores, so that softmax would not ignore a centre.
+    """Runs the model over the text. None where it has no tokenizer or reads a source, where the text has too few
+    tokens or the keys are no numbers, or where a softcap bends its scores, so that softmax would not ignore a centre.
 
     Args:
         progress: is told of each layer.
     """
     ids = [] if model.tokenizer is None else model.tokenizer.encode(text())[:TOKENS]
-    if len(ids) < FEWEST or max(ids) >= model.config.vocab_size:
+    if len(ids) < FEWEST or max(ids) >= model.config.vocab_size or model.reader is not None:
         return None
     most = model.config.max_positions
     pieces = [ids[start : start + most] for start in range(0, len(ids), most)]
@@ -83,10 +83,10 @@ def find(model: Model, progress: Progress = quiet) -> Centres | None:
     model.run(list(zip(sequences, pieces, strict=True)), watch=watch)  # in one step: each layer's keys come all at once
     for sequence in sequences:
         sequence.close()
-    layers = [layer for _, layer in sorted(seen[0].found.items())]
-    if seen[0].bent or not layers or not all(layer.isfinite().all() for layer in layers):
+    found = seen[0].found
+    if seen[0].bent or not found or not all(layer.isfinite().all() for layer in found.values()):
         return None
-    return Centres(layers)
+    return Centres([found.get(layer, torch.zeros(0, 0)) for layer in range(len(model.decoder.layers))])
 
 
 class _Keys(Watch):
@@ -171,8 +171,7 @@ def recall(path: Path, model: Model) -> Centres:
         _refuse(path, "is damaged")
     if about.get("model") != model.held:
         _refuse(path, "belongs to another model")
-    shapes = [(shape.heads, dict(shape.streams)["k"]) for shape in model.decoder.layers]
-    if about.get("centres") != centres.fingerprint or [tuple(layer.shape) for layer in centres.layers] != shapes:
+    if about.get("centres") != centres.fingerprint or len(centres.layers) != len(model.decoder.layers):
         _refuse(path, "is damaged")
     return centres
 
