@@ -3,13 +3,13 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 from kvik.errors import KvikError, ModelError, StorageError, TokenizerError, UsageError, WeightsError
 from kvik.models import prepare
+from kvik.models.folder import _NAMES, file_sha256
 from kvik.models.prepare import home, load, resolve
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.weights import read_gguf
@@ -115,6 +116,15 @@ def test_digits_are_split_as_the_files_pre_tokenizer_says(kvik_home, tmp_path):
         resolve(str(write_gguf(tmp_path / "c.gguf", llama(), pre="martian")))
 
 
+def test_a_known_file_is_called_what_its_makers_call_it(kvik_home, tiny, monkeypatch):
+    folder = resolve(str(tiny))
+    before = load(folder)
+    monkeypatch.setitem(_NAMES, file_sha256(tiny), "Tiny-1M-Instruct")
+    after = load(folder)
+    assert before.config.name != after.config.name == prepare.prepared()[0].name == "Tiny-1M-Instruct"
+    assert (replace(after.config, name=before.config.name), after.fingerprint) == (before.config, before.fingerprint)
+
+
 def test_a_transformers_folder_is_used_in_place(kvik_home, tmp_path):
     model = llama()
     model.save_pretrained(tmp_path / "model")
@@ -208,20 +218,18 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(kvik_home,
     assert entries(kvik_home) == [f".preparing-{living}-x", folder.name]
 
 
-def _prepare_and_report(path, results):
-    steps = []
-    results.put((str(resolve(path, lambda what, *_: steps.append(what))), steps))
+REPORTED = (
+    "import json, pathlib, sys; from kvik.models.prepare import resolve; steps = []; "
+    "folder = resolve(sys.argv[1], lambda what, *_: steps.append(what)); "
+    "pathlib.Path(sys.argv[2]).write_text(json.dumps([str(folder), steps]))"
+)
 
 
-def test_two_processes_at_once_prepare_once(kvik_home, tiny):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [context.Process(target=_prepare_and_report, args=(str(tiny), results)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    folders, steps = zip(*(results.get(timeout=120) for _ in workers), strict=True)
-    for worker in workers:
-        worker.join()
+def test_two_processes_at_once_prepare_once_and_print_nothing(kvik_home, tiny, tmp_path):
+    reports, pipes = [tmp_path / "one", tmp_path / "two"], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    workers = [subprocess.Popen([sys.executable, "-c", REPORTED, tiny, report], **pipes) for report in reports]
+    assert [worker.communicate(timeout=120) for worker in workers] == [(b"", b"")] * 2
+    folders, steps = zip(*(json.loads(report.read_text()) for report in reports), strict=True)
     assert len(set(folders)) == 1
     assert sum("write the prepared model" in taken for taken in steps) == 1
     assert entries(kvik_home) == [Path(folders[0]).name]
@@ -235,7 +243,8 @@ def test_a_folder_without_config_names_its_gguf(kvik_home, tmp_path, tiny):
         resolve(str(tiny.parent))
 
 
-def test_what_is_no_model_is_told_what_it_could_be(kvik_home, tmp_path):
+def test_what_is_no_model_is_told_what_it_could_be(kvik_home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("smolm2", "a/b/c", "", "../x", "a b", "x\ny", "~nobody-here/x/y", "x" * 5000, "a\0b"):
         with pytest.raises(UsageError, match=r"smollm2.*\.gguf.*org/name") as caught:
             resolve(name)
@@ -328,12 +337,6 @@ def test_a_warm_start_imports_no_heavy_library_and_needs_no_writable_home(kvik_h
     assert result.stdout.strip() == "[]"
 
 
-def test_preparation_prints_nothing(kvik_home, tiny):
-    script = f"from kvik.models.prepare import resolve; resolve({str(tiny)!r})"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert (result.stdout, result.stderr) == ("", "")
-
-
 @pytest.fixture(scope="session")
 def smollm2():
     return resolve("smollm2")
@@ -347,7 +350,7 @@ def test_smollm2_loads_in_a_fraction_of_a_second(smollm2):
         loaded = load(smollm2)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.3
-    assert loaded.config.eos_ids[0] == 2
+    assert loaded.config.eos_ids[0] == 2 and loaded.config.name == "SmolLM2-135M-Instruct"
     assert (loaded.config.layers, loaded.config.heads, loaded.config.kv_heads) == (30, 9, 3)
     assert loaded.tensors["model.embed_tokens.weight"].bits == 8
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvik.cli.common import JsonOption, app, stdout
+from kvik.cli.common import KV_HELP, JsonOption, app, stdout
 from kvik.errors import UsageError
 
 
@@ -21,9 +21,7 @@ def plan(
         int | None, typer.Option(help="Rows of the source that each reads, of a model that reads one.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    kv: Annotated[
-        str, typer.Option("--kv", help="What the cache keeps: f16, int8, k8v4, int4+window:1024,sinks:4 …")
-    ] = "f16",
+    kv: Annotated[str, typer.Option("--kv", help=f"{KV_HELP}.")] = "f16",
     weights: Annotated[
         str | None, typer.Option("--weights", help="How weights are held: f32, bf16, int8 or int4.")
     ] = None,

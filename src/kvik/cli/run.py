@@ -9,6 +9,7 @@ import typer
 
 from kvik.cli.common import (
     INTERRUPTED,
+    KV_HELP,
     DeviceOption,
     JsonOption,
     KvOption,
@@ -43,14 +44,7 @@ def run(
         str, typer.Argument(help="What to say to the model, or to translate; - reads it from standard input.")
     ],
     model: ModelOption = "smollm2",
-    kv: Annotated[
-        str,
-        typer.Option(
-            "--kv",
-            help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …, or tuned; "
-            "int8+window:1024,sinks:4,relative goes on past the model's context; none = recompute all.",
-        ),
-    ] = "bf16",
+    kv: Annotated[str, typer.Option("--kv", help=f"{KV_HELP}; tuned; none = recompute all.")] = "bf16",
     weights: WeightsOption = "auto",
     device: DeviceOption = "cpu",
     memory: MemoryOption = None,
@@ -150,6 +144,8 @@ def _answer(generation: Generation, *, quiet: bool) -> None:
 
 
 def _facts(model: Model, generation: Generation, spec: Spec | None, kept: int) -> dict[str, object]:
+    from kvik.eval.caches import rows_held
+
     held, source = generation.nbytes, len(generation.request.source or ())
     return {
         "text": generation.text,
@@ -163,8 +159,11 @@ def _facts(model: Model, generation: Generation, spec: Spec | None, kept: int) -
         "ttft_s": round(generation.ttft_s, 4),
         "tokens_per_s": round(generation.tokens_per_s, 2),
         "kv_tokens": kept,
+        "kv_rows": 0 if spec is None else round(rows_held(spec, kept, held.payload), 2),
         "kv_bytes": held.payload,
-        "kv_bytes_formula": 0 if spec is None else spec.nbytes(kept, source=source).payload,
+        "kv_bytes_formula": 0
+        if spec is None
+        else spec.nbytes(kept, prompt=len(generation.request.prompt), source=source).payload,
         "kv_overhead_bytes": held.overhead,
         "kv_allocated_bytes": held.allocated,
         "spec": "none" if spec is None else str(spec),
@@ -188,7 +187,10 @@ def _show_facts(facts: dict[str, Any], model: Model, spec: Spec | None) -> None:
     if spec is None:
         lines.append("cache none: every step computed every token's keys and values again")
     else:
-        rows = f"{facts['kv_tokens']} tokens" + (f", {source} rows of the source" if source else "")
+        rows = f"{facts['kv_tokens']:,} tokens"
+        if facts["kv_rows"] < facts["kv_tokens"]:
+            rows = f"{facts['kv_rows']:,.0f} of {facts['kv_tokens']:,} rows a head"
+        rows += f", {source} rows of the source" if source else ""
         lines.append(
             f"cache {spec}: {facts['kv_bytes']:,} B payload ({rows}) "
             f"+ {facts['kv_overhead_bytes']:,} B overhead "

@@ -14,6 +14,7 @@ from kvik.cache.cache import Cache
 from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Bytes
 from kvik.cache.step import Step
+from kvik.engine.reread import Pass, Repetition
 from kvik.engine.sampling import Sampling, choose
 from kvik.errors import UsageError
 from kvik.models.model import Model
@@ -64,29 +65,46 @@ def prefill(
     *,
     watch: Callable[[Step], Chunk] | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    passes: Pass | None = None,
 ) -> Tensor:
     """Takes tokens to the end of a sequence, CHUNK at once at the most, each chunk settled. One token is a chunk too.
+    Where a policy asks for a pass of the model before it chooses, that is made first.
 
     Args:
         model: of whose cache the sequences are.
         sequences: one, or several of one cache that take the same tokens side by side, CHUNK in all at once.
         tokens: ids.
         watch: see `Model.run`.
-        stopping: asked before each chunk; True ends it there.
+        stopping: asked before each chunk, and during a pass; True ends it there. A chunk whose pass was not finished
+            is taken back.
+        passes: makes what policies ask for; None = the model repeats the text (`engine/reread.py`).
 
     Returns:
         Logits after the last token, f32 [sequences, vocabulary]; empty where no chunk was computed.
 
     Raises:
-        ContextError, BudgetError: see `Model.run`; chunks that were done before stay.
+        ContextError, BudgetError: see `Model.run`, and `Repetition.take`; chunks that were done before stay.
     """
+    passes = passes or Repetition()
+    for sequence in sequences:
+        if (at := sequence.next_trigger) is not None and at <= len(sequence) + len(tokens):
+            passes.check(model, sequence, at)
     piece = max(CHUNK // len(sequences), 1)
     logits = torch.empty(0)
     start = 0
     while start < len(tokens) and not stopping():
         chunk = tokens[start : start + min(piece, *(room(sequence) for sequence in sequences))]
         start += len(chunk)
-        logits = model.run([(sequence, chunk) for sequence in sequences], watch=watch)
+        found = model.run([(sequence, chunk) for sequence in sequences], watch=watch)
+        shown = False
+        try:
+            shown = all(passes.take(model, each, watch=watch, stopping=stopping) for each in sequences)
+        finally:
+            for sequence in sequences if not shown else ():
+                sequence.trim(len(sequence) - len(chunk))
+        if not shown:
+            break
+        logits = found
         for sequence in sequences:
             sequence.settle()
     return logits

@@ -203,7 +203,10 @@ class Bart:
     Attributes:
         config: its sizes.
         layers: what each layer keeps: of a token, then of a row of the source.
+        norm: none before the head, as each part ends in its own.
     """
+
+    norm = None
 
     def __init__(self, config: BartConfig, source: Source) -> None:
         self.config, width = config, config.head_dim

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvik.cache.cache import Cache
+from kvik.cache.centres import Centres
 from kvik.cache.prefix import digest
 from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Spec
@@ -38,8 +39,10 @@ class Model:
         tokenizer: None where the folder has none and none is needed.
         weights: how linear weights are held.
         arithmetic: what computes products and rows: another gives other last bits.
-        fingerprint: names the weights as they are held, and the arithmetic, for the cache's keys.
+        held: names the weights as they are held, and the arithmetic, for the cache's keys.
+        centres: what is subtracted from keys where a cache quantises them; None = nothing. `load` finds them.
         nbytes: bytes of all weights as they are held.
+        read_bytes: of those that every step reads: without tables of which it takes the rows of its tokens.
         row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers.
         head_weights: weights that a row is multiplied with whose logits are wanted.
     """
@@ -73,9 +76,18 @@ class Model:
         self.tokenizer = tokenizer
         self.arithmetic = arithmetic(self.decoder, self.device)
         held = f"{self.weights}, {self.arithmetic}"
-        self.fingerprint = digest(file=fingerprint.encode(), held=held.encode()).hex()
+        self.held = digest(file=fingerprint.encode(), held=held.encode()).hex()
+        self.centres: Centres | None = None
         self.nbytes = nbytes(self.decoder)
+        self.read_bytes = nbytes((self.decoder.blocks, self.decoder.norm, self.decoder.head))
         self.row_weights, self.head_weights = multiplied(self.decoder.blocks), multiplied(self.decoder.head)
+
+    @property
+    def fingerprint(self) -> str:
+        """Names all that rows depend on beside their spec and the text: what `held` names, and the centres."""
+        if self.centres is None:
+            return self.held
+        return digest(held=self.held.encode(), centres=self.centres.fingerprint.encode()).hex()
 
     def spec(self, kv: str = "bf16") -> Spec:
         """What a cache for this model keeps under a spec string; `tuned` is the one that `kvik tune` chose."""
@@ -89,7 +101,9 @@ class Model:
 
     def cache(self, kv: str = "bf16", *, memory: int | None = None, shares: bool = True) -> Cache:
         """A cache for this model's rows; see `Cache`."""
-        return Cache(self.spec(kv), memory=memory, weights=self.fingerprint, shares=shares, device=self.device)
+        return Cache(
+            self.spec(kv), memory=memory, weights=self.held, shares=shares, device=self.device, centres=self.centres
+        )
 
     @torch.inference_mode()
     def fill(self, cache: Cache, source: Tensor | Sequence[int], salt: str = "") -> bytes:
@@ -206,19 +220,22 @@ def load(
     Raises:
         ModelError, StorageError, UsageError: see `kvik.errors`.
     """
-    from kvik.models import prepare
+    from kvik.models import centres, prepare
 
     _check_weights(weights)
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda': torch sees no CUDA device here; use --device cpu")
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r}: use cpu or cuda")
-    loaded = prepare.load(prepare.resolve(str(model), progress or prepare.quiet))
+    show = progress or prepare.quiet
+    loaded = prepare.load(prepare.resolve(str(model), show))
     tokenizer = Tokenizer(loaded.tokenizer_folder)
-    return Model(
+    ready = Model(
         loaded.config, loaded.tensors,
         weights=weights, device=device, fingerprint=loaded.fingerprint, tokenizer=tokenizer,
     )  # fmt: skip
+    ready.centres = centres.obtain(ready, show)
+    return ready
 
 
 def _check_weights(weights: str) -> None:

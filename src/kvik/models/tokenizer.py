@@ -39,6 +39,11 @@ class Tokenizer:
         self._template_source = _template_source(self.folder, settings)
         self._template: ChatTemplate | None = None
 
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template; None where the model has none."""
+        return self._template_source
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids. Special tokens written out in the text become their ids, as in transformers.
 

@@ -2,6 +2,9 @@
 
     cache = batch · Σ over layers of heads · rows · widths · bytes        rows = min(length, window + sinks)
 
+Where a policy chooses which rows stay, the length is that of a prompt: bytes are those once it has chosen, and beside
+them the most on the way there. Prompts are taken to come in one after another.
+
 For plain multi-head attention that is the textbook's 2 · bytes · layers · d_model · length · batch; a plan prints both
 with their numbers in, and says why they differ where heads are shared, rows are latents or layers have windows.
 """
@@ -13,11 +16,12 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
+from kvik.cache.policy import Policy, When
 from kvik.cache.retention import Retention
 from kvik.cache.spec import Bytes, Group, Spec, parse_rules
 from kvik.errors import UsageError
 from kvik.plan.find import lookup
-from kvik.plan.formula import Term, reasons, term, textbook
+from kvik.plan.formula import Term, reasons, stays, term, textbook
 from kvik.plan.shapes import ModelShape
 from kvik.plan.wellknown import known_models
 from kvik.units import parse_bytes
@@ -114,9 +118,9 @@ class Plan:
 
     @cached_property
     def per_token_later(self) -> Bytes:
-        """What one token adds once all windows are full: the rows of the layers that still grow."""
+        """What one token adds once all windows are full, and all bounds reached: the rows of what still grows."""
         groups = self.spec.groups if self.spec else ()
-        return sum((_row(g) for g in groups if g.retention.window is None), Bytes(0, 0))
+        return sum((_later(g) for g in groups), Bytes(0, 0))
 
     @cached_property
     def cross(self) -> Bytes:
@@ -127,6 +131,17 @@ class Plan:
     def per_sequence(self) -> Bytes:
         """One sequence of `tokens` tokens, cross-attention included."""
         return self._held(self.tokens)
+
+    @cached_property
+    def peak(self) -> int:
+        """The most bytes that the batch allocates on its way, prompts coming in one after another."""
+        return self._needed(self.batch, self.tokens)
+
+    @cached_property
+    def policies(self) -> tuple[Policy, ...]:
+        """Those of the spec, each once."""
+        found = (group.retention.policy for group in (self.spec.groups if self.spec else ()))
+        return tuple(dict.fromkeys(policy for policy in found if policy is not None))
 
     @cached_property
     def total(self) -> Bytes:
@@ -170,8 +185,8 @@ class Plan:
             return None
         room = max(0, self.memory - self.weight_bytes)
         enough = self.memory >= self.weight_bytes
-        each = self._peak(self.tokens)
-        batch = (room // each if each else MOST_SEQUENCES) if enough else 0
+        first, each = self._needed(1, self.tokens), self._needed(2, self.tokens) - self._needed(1, self.tokens)
+        batch = (1 + (room - first) // each if each else MOST_SEQUENCES) if enough and first <= room else 0
         above = self._first_above(room) if enough else 1
         tokens = None if above is None else above - 1
         return Fit(self.memory, room, batch >= self.batch, batch, tokens)
@@ -183,33 +198,29 @@ class Plan:
         own = self.shape.context
         if own is not None and self.spec is not None and self.tokens > self.spec.longest(own):
             notes.append(f"{self.tokens:,} tokens are more than the {own:,} that the model was made for")
+        windowed = sum(layer.window is not None for layer in self.shape.layers)
+        if windowed and any(rule.retention.policy is not None for rule in parse_rules(self.kv)[0]):
+            notes.append(f"{windowed} layers have a window of their own, which stays as it is: no policy chooses there")
         return tuple(notes)
 
     def _held(self, tokens: int) -> Bytes:
-        """Bytes of one sequence of `tokens` tokens: by the Spec, and beyond all windows page by page from there."""
-        if self.spec is None:
-            return Bytes(0, 0)
-        page = self.spec.page_size
-        windows = [(g.retention.window or 0) + g.retention.sinks for g in self.spec.groups]
-        start = -(-max(windows) // page) * page + 2 * page
-        pages, rest = divmod(max(0, tokens - start), page)
-        base = self.spec.nbytes(min(tokens, start + rest))
-        later = self.spec.nbytes(start + rest + page) if pages else base
-        growth = Bytes(pages * (later.payload - base.payload), pages * (later.overhead - base.overhead))
-        return base + growth + self.cross
+        """Bytes of one sequence of `tokens` tokens."""
+        return self.cross if self.spec is None else self.spec.nbytes(tokens) + self.cross
 
-    def _peak(self, tokens: int) -> int:
-        """The most bytes that one sequence holds on its way to `tokens`: at most at the first row of a page."""
+    def _needed(self, batch: int, tokens: int) -> int:
+        """The most bytes that a batch holds on its way to `tokens` tokens each: the last sequence at its peak, the
+        others as they are from the end of their prompts on."""
         if tokens < 1 or self.spec is None:
-            return self.cross.allocated
-        opened = tokens - (tokens - 1) % self.spec.page_size
-        return max(self._held(tokens).allocated, self._held(opened).allocated)
+            return batch * self.cross.allocated
+        settled = sum(_settled(replace(self.spec, groups=(group,)), tokens) for group in self.spec.groups)
+        peak = self.spec.peak(tokens).allocated
+        return batch * self.cross.allocated + (batch - 1) * min(settled, peak) + peak
 
     def _first_above(self, limit: int) -> int | None:
         """The shortest length at which the batch holds more than `limit` bytes; None = none does."""
 
         def above(tokens: int) -> bool:
-            return self.batch * self._peak(tokens) > limit
+            return self._needed(self.batch, tokens) > limit
 
         high = 1
         while not above(high):
@@ -240,6 +251,8 @@ class Plan:
                 "per_sequence": _figures(self.per_sequence),
                 "cross_attention_per_sequence": _figures(self.cross),
                 "total": _figures(self.total),
+                "peak": self.peak,
+                "policies": [{"policy": str(each), "rows": stays(each, self.tokens)} for each in self.policies],
             },
             "formula": [{"text": t.text, "bytes": t.payload} for t in self.terms],
             "textbook": None
@@ -354,6 +367,24 @@ def _row(group: Group) -> Bytes:
     payload = len(group.lanes) * group.layout.payload_bits // 8
     page = replace(group, retention=Retention()).nbytes(group.page_size)
     return Bytes(payload, -(-page.allocated // group.page_size) - payload)
+
+
+def _later(group: Group) -> Bytes:
+    """What one more token adds when rows have begun to leave."""
+    policy, row = group.retention.policy, _row(group)
+    if policy is None:
+        return row if group.retention.window is None else Bytes(0, 0)
+    part = Fraction(1) if policy.trigger.every is None else policy.budget.amount / 100
+    part = Fraction(0) if policy.trigger.when is When.FULL else part
+    return Bytes(int(row.payload * part), int(row.overhead * part))
+
+
+def _settled(spec: Spec, tokens: int) -> int:
+    """The most bytes of a group from the end of a prompt of `tokens` tokens on, as long as it grows no longer."""
+    policy = spec.groups[0].retention.policy
+    if policy is None or policy.trigger.when is not When.PROMPT:
+        return spec.peak(tokens).allocated
+    return spec.nbytes(tokens).allocated
 
 
 def _times(size: Bytes, count: int) -> Bytes:
