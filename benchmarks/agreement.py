@@ -29,16 +29,14 @@ def reference_model(model: kvik.Model) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     loaded, config = prepare.load(prepare.resolve("smollm2")), model.config
-    reference = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size, hidden_size=config.hidden, intermediate_size=config.ffn,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
-            max_position_embeddings=config.max_positions, rms_norm_eps=config.norm_eps, rope_theta=config.rope.theta,
-            tie_word_embeddings=True,
-        )
+    theirs = LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden, intermediate_size=config.ffn,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.kv_heads,
+        max_position_embeddings=config.max_positions, rms_norm_eps=config.norm_eps, rope_theta=config.rope.theta,
+        tie_word_embeddings=True, dtype="float32",
     )  # fmt: skip
-    reference.load_state_dict({name: dense(tensor) for name, tensor in loaded.tensors.items()}, strict=False)
-    reference.tie_weights()
+    tensors = {name: dense(tensor) for name, tensor in loaded.tensors.items()}
+    reference = LlamaForCausalLM.from_pretrained(None, config=theirs, state_dict=tensors)
     reference.generation_config.eos_token_id = list(config.eos_ids)
     reference.generation_config.pad_token_id = config.eos_ids[0]
     return reference.eval()

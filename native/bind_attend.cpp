@@ -40,14 +40,14 @@ void bind_attend(nb::module_ &m) {
     nb::class_<kvik::Plan>(m, "Plan")
         .def("__init__",
              [](kvik::Plan *self, int64_t pages, const Integers &layout, int64_t window, int64_t sinks,
-                const Integers &members, const Integers &select) {
+                int64_t centre, const Integers &members, const Integers &select) {
                  std::vector<kvik::Member> all;
                  for (size_t i = 0; i < members.size(); i += 10) {
                      const int64_t *m = members.data() + i;
                      all.push_back({at<int32_t>(m[0]), at<int32_t>(m[1]), m[2], m[3], m[4], at<int32_t>(m[5]),
                                     at<int32_t>(m[6]), at<int32_t>(m[7]), m[8], at<uint16_t>(m[9])});
                  }
-                 new (self) kvik::Plan(at<uint8_t>(pages), form(layout), window, sinks, std::move(all),
+                 new (self) kvik::Plan(at<uint8_t>(pages), form(layout), window, sinks, at<float>(centre), std::move(all),
                                        {select[0], select[1], select[2], select[3]});
              })
         .def("append",

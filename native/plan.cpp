@@ -53,8 +53,9 @@ void Plan::append(int first, int lanes, const Rows &k, const Rows &v) const {
         token += member.count;
     }
     const auto &kernels = kvik::kernels().attend;
-    const int size = form_.page_size;
+    const int size = form_.page_size, width = form_.k.width;
     const auto write = [&](int64_t task) {
+        alignas(64) float centred[MAX_WIDTH];
         const Run &run = runs[task];
         const Member &m = *run.member;
         for (int64_t i = run.from; i < run.to; ++i) {
@@ -63,7 +64,14 @@ void Plan::append(int first, int lanes, const Rows &k, const Rows &v) const {
             for (int lane = 0; lane < lanes; ++lane) {
                 uint8_t *to = pages_ + int64_t(m.pages[(first + lane) * m.columns + column]) * form_.page_bytes;
                 const int64_t row = run.token + i;
-                kernels.append(form_.k, size, k.at + row * k.token + lane * k.lane, to, int(position % size));
+                const float *key = k.at + row * k.token + lane * k.lane;
+                if (centre_) {
+                    const float *centre = centre_ + int64_t(first + lane) * width;
+                    for (int c = 0; c < width; ++c)
+                        centred[c] = key[c] - centre[c];
+                    key = centred;
+                }
+                kernels.append(form_.k, size, key, to, int(position % size));
                 kernels.append(form_.v, size, v.at + row * v.token + lane * v.lane, to, int(position % size));
             }
         }

@@ -29,13 +29,17 @@ struct Options {
 
 class Plan {
   public:
-    Plan(uint8_t *pages, const Form &form, int64_t window, int64_t sinks, std::vector<Member> members, Select select)
-        : pages_(pages), form_(form), window_(window), sinks_(sinks), members_(std::move(members)), select_(select) {}
+    // centre: null, or f32 [lanes][k.width], subtracted from keys before they are encoded; held by the caller.
+    Plan(uint8_t *pages, const Form &form, int64_t window, int64_t sinks, const float *centre,
+         std::vector<Member> members, Select select)
+        : pages_(pages), form_(form), window_(window), sinks_(sinks), centre_(centre), members_(std::move(members)),
+          select_(select) {}
 
     // Rows of lanes first, first + 1, … of every new token.
     void append(int first, int lanes, const Rows &k, const Rows &v) const;
-    // q [T][lanes * shared][k.width], q_token floats from one token to the next; out and lse without gaps. masses: null, or
-    // for each member [lanes][slots of kept pages, then of its table], zeroed; lse is needed then.
+    // q [T][lanes * shared][k.width], q_token floats from one token to the next; out and lse without gaps. Scores, and so
+    // lse, are those of keys less their centre. masses: null, or for each member [lanes][slots of kept pages, then of its
+    // table], zeroed; lse is needed then.
     void attend(int first, int lanes, int shared, const float *q, int64_t q_token, const Options &options, float *out,
                 float *lse, float *const *masses) const;
 
@@ -46,6 +50,7 @@ class Plan {
     uint8_t *pages_;
     Form form_;
     int64_t window_, sinks_;
+    const float *centre_;
     std::vector<Member> members_;
     Select select_;
 };

@@ -1,10 +1,15 @@
 """What all tests share: settings only."""
 
+import io
 import os
+import sys
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
 
+import kvik.cli
 from kvik.ops import loader
 
 # For the processes that tests start: torch's idle workers give the core back soon. Set before torch loads in them.
@@ -28,6 +33,48 @@ def ops(request, monkeypatch):
 def plain(monkeypatch):
     """The reference, where a test breaks something inside it."""
     monkeypatch.setenv("KVIK_OPS", "reference")
+
+
+@pytest.fixture(scope="session")
+def smollm2_in():
+    """SmolLM2 with weights in a format, loaded once: for tests that change nothing in it."""
+    from kvik.models import model
+
+    honest = model.load  # before a test replaces it
+    return cache(lambda weights: honest("smollm2", weights=weights))
+
+
+@pytest.fixture
+def loaded_once(monkeypatch, smollm2_in):
+    """What loads SmolLM2 from now on gets the one that others had too."""
+    from kvik.models import model
+
+    honest = model.load
+
+    def load(name="smollm2", *, weights="auto", device="cpu", progress=None):
+        if (name, device) != ("smollm2", "cpu"):
+            return honest(name, weights=weights, device=device, progress=progress)
+        return smollm2_in("int4" if weights == "auto" else weights)
+
+    monkeypatch.setattr(model, "load", load)
+
+
+@pytest.fixture
+def kvik_here(monkeypatch, capsys):
+    """`kvik` with these arguments, in this process: its exit code and what it printed, as of a process of its own."""
+
+    def run(*arguments, stdin="", home=None):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["kvik", *map(str, arguments)])
+            patch.setattr(sys, "stdin", io.StringIO(stdin))
+            if home is not None:
+                patch.setenv("KVIK_HOME", str(home))
+            with pytest.raises(SystemExit) as stopped:
+                kvik.cli.main()
+        out, errors = capsys.readouterr()
+        return SimpleNamespace(returncode=stopped.value.code, stdout=out, stderr=errors)
+
+    return run
 
 
 @pytest.fixture(params=KERNELS.available() if KERNELS else [])

@@ -28,13 +28,15 @@ def reader(tmp_path_factory):
     return folder, kvik.load(folder, weights="f32")
 
 
-def made(spec, kl, size, kept=1.0, apart=0.5, rows=None):
+def made(spec, kl, size, kept=1.0, apart=0.5, rows=None, recall=1.0):
     """A spec of two documents: mean KL `kl`, `size` bytes a token of 100."""
 
     def document(mean, number):
         costs = Costs(100, round(size * 80), round(size * 20), round(size * 130), kept, 0.25 + number, 0.01)
         same = 4 if kl == 0 else 3
-        return Document(3.0 + kl / 2, kl / 2, (mean / 2, mean, mean, 1.5 * mean), same, costs, None if number else rows)
+        return Document(
+            3.0 + kl / 2, kl / 2, (mean / 2, mean, mean, 1.5 * mean), same, recall, costs, None if number else rows
+        )
 
     return Measured(spec, (document(kl * (1 - apart), 0), document(kl * (1 + apart), 1)))
 

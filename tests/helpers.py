@@ -1,5 +1,7 @@
 """Small builders that the cache's tests share."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -104,6 +106,23 @@ TOY = Toy(LAYERS)
 over_codecs = pytest.mark.parametrize("kv", KV)
 over_retentions = pytest.mark.parametrize("kept", RETAINED)
 over_pages = pytest.mark.parametrize("page", PAGES)
+
+
+def pairwise(**axes):
+    """Parametrizes over three axes, the longest first: any two values of different axes meet; other triples are slow.
+
+    With x of 4, y of 3 and z of 2 values 12 triples are left of 24: z is (number of x + number of y) modulo 2.
+    """
+    x, y, z = axes.values()
+    assert len(x) >= len(y) >= len(z), "else some two do not meet"
+    triples = [
+        pytest.param(x[i], y[j], z[k], marks=() if (i + j) % len(z) == k else pytest.mark.slow)
+        for i, j, k in product(range(len(x)), range(len(y)), range(len(z)))
+    ]
+    return pytest.mark.parametrize(tuple(axes), triples)
+
+
+over_pairs = pairwise(kv=KV, page=PAGES, kept=RETAINED)
 
 
 def cache_of(kv, kept="", page=32, **options):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers import Toy, make_cache, sees, shapes, text
-from kvik.cache import limits
+from kvik.cache import limits, tidying
+from kvik.cache import sequence as sequence_module
 from kvik.cache.arena import SLAB, Arena
 from kvik.cache.limits import memory_available, memory_total
 from kvik.errors import BudgetError, UsageError
@@ -24,6 +25,20 @@ def resident():
     """Bytes of real memory that this process has."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def test_what_is_reserved_does_not_count_as_used():
+    """Else a process with two caches, each with the machine's whole memory reserved, could not fork."""
+    arena, flags, inside = arena_of(), [], False
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            head = line.split()
+            if "-" in head[0] and not head[0].endswith(":"):
+                low, high = (int(each, 16) for each in head[0].split("-"))
+                inside = low <= arena.bytes.data_ptr() < high
+            elif inside and head[0] == "VmFlags:":
+                flags = head[1:]
+    assert flags and "ac" not in flags, flags
 
 
 # Pages.
@@ -241,6 +256,50 @@ def test_what_is_given_back_is_given_back_to_the_system():
     cache.resize(0)
     assert resident() - start < 0.1 * full
     assert cache.arena.held == 0
+
+
+@pytest.mark.parametrize(
+    "kv", ["f32+window:128,sinks:4", "f32+knorm:25%", "int8+ada(knorm):25%", "f32+window:128; layers 1: int8+knorm:25%"]
+)
+def test_slabs_go_back_when_rows_leave(kv, monkeypatch):
+    """Also where every slab keeps a page: what is held stays near what the pages need, and no row is another."""
+    layers = shapes(layers=4, heads=8, width=64)
+
+    def told():
+        cache, toy = make_cache(kv, layers, memory=64 * MIB, shares=False), Toy(layers)
+        sequence, tokens = cache.open(text(1000)), text(1000)
+        while tokens:
+            count = min(512, len(tokens), (sequence.next_trigger or 9999) - len(sequence))
+            toy.fill(sequence, tokens[:count])
+            sequence.settle()
+            tokens = tokens[count:]
+        cache.check()
+        out = toy.run([(sequence, text(20, 9))])[0]
+        cache.check()
+        return cache.arena.slabs_used * SLAB, sequence.nbytes.allocated, out
+
+    held, needed, out = told()
+    assert held <= 4 / 3 * needed + (tidying.LEAST + 2) * SLAB
+    monkeypatch.setattr(sequence_module, "tidy", lambda cache: None)
+    untidied, same, want = told()
+    assert untidied > 1.5 * held and same == needed
+    assert torch.equal(out, want)
+
+
+def test_pages_stay_where_they_are_while_a_step_is_open():
+    layers = shapes(layers=4, heads=8, width=64)
+    cache, toy = make_cache("f32+window:128", layers, memory=64 * MIB, shares=False), Toy(layers)
+    one, other = cache.open(), cache.open()
+    toy.fill(one, text(700))
+    with cache.step([(other, [1])]) as step:
+        one.settle()
+        held = cache.arena.slabs_used
+        for layer in range(4):
+            toy.append(step, layer)
+    cache.check()
+    tidying.tidy(cache)
+    cache.check()
+    assert cache.arena.slabs_used < held
 
 
 # Limits of a container.

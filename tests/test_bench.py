@@ -13,6 +13,7 @@ from bench_models import check_refused, ids, in_process, tiny, told, write_model
 from kvik.bench import measure
 from kvik.bench.counting import Counts, Tally
 from kvik.bench.fit import fit, grid, reached, smallest_errors, whole_text
+from kvik.engine.generation import prefill
 from kvik.ops.reads import Reads
 from kvik.plan.work import Arithmetic
 
@@ -45,7 +46,9 @@ def test_counts_of_full_attention_are_n_and_its_powers(measured):
 @pytest.mark.parametrize(
     ("kv", "window"),
     [("bf16", None), ("int8+window:20", None), ("int4+window:9,sinks:3", None), ("bf16", 24), ("k8v4+window:16", 24),
-     ("f32; layers 0: int8+window:16; layers 1 heads 1: bf16", None)],
+     ("f32; layers 0: int8+window:16; layers 1 heads 1: bf16", None), ("int8+snapkv:25%,recent:4,last:8", None),
+     ("k8v4+ada(expected):30%,recent:4,last:8", None), ("int8+keydiff:20rows,recent:4,every:6; page 16", None),
+     ("int4+h2o:40%,recent:4,every:5; page 16", 24), ("bf16; layers 1 heads 0: int8+knorm:10%,recent:1", None)],
 )  # fmt: skip
 def test_what_is_counted_equals_the_formulas(kv, window):
     growth = measure(tiny(window), ids(70), kv=kv, batch=(1,), rounds=1)
@@ -54,10 +57,24 @@ def test_what_is_counted_equals_the_formulas(kv, window):
         works = growth.texts(cached=cached)
         for length, counts, work in zip(growth.lengths, side.texts, works, strict=True):
             assert growth.products(counts, length) == work.products
-    spec = growth.arithmetic.spec
-    assert [held.payload for held in growth.cached.held] == [spec.nbytes(length).payload for length in growth.lengths]
-    assert growth.windowed == ("window" in kv)
-    assert growth.bounded == (window is not None or "window" in kv)
+    assert [held.payload for held in growth.cached.held] == [growth.held(length).payload for length in growth.lengths]
+    drops = kv != "bf16" and not (window == 24 and "h2o" in kv)  # a narrower window of the model's own stays
+    assert growth.windowed == drops
+    assert growth.bounded == (window is not None or drops)
+    assert growth.arithmetic.prompt == 35 and growth.chooses == [
+        part.partition("+")[2] for part in kv.split("; ") if "%" in part and window is None
+    ]
+
+
+def test_counting_changes_no_policys_choice():
+    """It asks a second question of every layer; the policy must not take that for the text's."""
+    model, found = tiny(), []
+    for watched in (False, True):
+        tally = Tally(70, 2, SHARED)
+        sequence = model.cache("f32+h2o:40%,recent:2; layers 1: f32+snapkv:40%,recent:2,last:8; page 16").open(ids(60))
+        prefill(model, [sequence], ids(70), watch=tally.watch if watched else None)
+        found.append([table.rows(70)[0].tolist() for table in sequence.tables])
+    assert found[0] == found[1] and len(found[0][0][0]) == 34
 
 
 def test_a_mask_that_shows_too_much_is_counted(monkeypatch, plain):
@@ -174,7 +191,11 @@ def test_the_grid_goes_from_one_to_the_longest_and_has_its_half(longest):
 def test_json_has_what_was_measured_and_predicted(measured):
     facts = json.loads(json.dumps(measured.to_dict(), allow_nan=False))
     assert facts["tokens"] == 70 and facts["rounds"] == 2 and facts["spec"] == "bf16"
-    assert facts["weights"] == {"format": "f32", "bytes": measured.arithmetic.weight_bytes}
+    assert facts["weights"] == {
+        "format": "f32",
+        "bytes": measured.arithmetic.weight_bytes,
+        "read": measured.arithmetic.read_bytes,
+    }
     assert facts["environment"]["torch"] == torch.__version__ and facts["environment"]["threads"] >= 1
     for name in ("with_cache", "without"):
         assert [each["tokens"] for each in facts[name]["lengths"]] == list(measured.lengths)

@@ -24,7 +24,7 @@ def synthetic(tokens=1024, kv="bf16"):
     of its products."""
     layers = [LayerShape(3, (("k", 64), ("v", 64)))] * 30
     specs = Spec.parse(kv, layers), Spec.parse("f32", layers)
-    arithmetic = Arithmetic(*specs, 3, 106_168_320, 28_311_552, 94_906_100)
+    arithmetic = Arithmetic(*specs, 3, 106_168_320, 28_311_552, 94_906_100, 94_906_100)
     lengths = grid(tokens)
 
     def side(cached, seconds):

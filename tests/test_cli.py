@@ -18,13 +18,6 @@ from kvik.cli.common import NO_KERNELS
 from kvik.models.prepare import resolve
 
 
-def kvik_command(*arguments, home=None, stdin=""):
-    """Runs the real command in a process of its own."""
-    environment = os.environ | ({"KVIK_HOME": str(home)} if home else {})
-    command = [sys.executable, "-m", "kvik.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, input=stdin, timeout=250)
-
-
 def in_process(monkeypatch, *arguments):
     """Runs `main` here; returns the exit code."""
     monkeypatch.setattr(sys, "argv", ["kvik", *map(str, arguments)])
@@ -99,9 +92,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_input_that_cannot_be_used_gives_one_line_and_exit_code_2(case, broken):
+def test_input_that_cannot_be_used_gives_one_line_and_exit_code_2(case, broken, kvik_here):
     options, wanted = REFUSED[case]
-    done = kvik_command("run", *(option.format(broken) for option in options), "hi", home=broken / "home")
+    done = kvik_here("run", *(option.format(broken) for option in options), "hi", home=broken / "home")
     check_refusal(done, wanted)
 
 
@@ -114,12 +107,12 @@ def check_refusal(done, wanted):
         assert text in lines[0]
 
 
-def test_an_unwritable_home_folder_is_named_with_the_way_out(broken):
-    check_refusal(kvik_command("run", "hi", home=broken / "locked"), ["locked", "KVIK_HOME"])
+def test_an_unwritable_home_folder_is_named_with_the_way_out(broken, kvik_here):
+    check_refusal(kvik_here("run", "hi", home=broken / "locked"), ["locked", "KVIK_HOME"])
 
 
-def test_plan_list_refuses_what_it_would_ignore():
-    check_refusal(kvik_command("plan", "--list", "--context", 5), ["--context"])
+def test_plan_list_refuses_what_it_would_ignore(kvik_here):
+    check_refusal(kvik_here("plan", "--list", "--context", 5), ["--context"])
 
 
 def test_a_closed_standard_input_is_one_line():
@@ -128,21 +121,22 @@ def test_a_closed_standard_input_is_one_line():
     check_refusal(done, ["standard input"])
 
 
-def test_plan_without_a_model_says_what_to_give():
-    check_refusal(kvik_command("plan"), ["kvik plan smollm2", "--list"])
+def test_plan_without_a_model_says_what_to_give(kvik_here):
+    check_refusal(kvik_here("plan"), ["kvik plan smollm2", "--list"])
 
 
 @pytest.mark.weights
 def test_run_streams_an_answer_and_its_facts():
-    done = kvik_command("run", "--max-tokens", 16, "What is the capital of Japan?")
+    command = [sys.executable, "-m", "kvik.cli", "run", "--max-tokens", "16", "What is the capital of Japan?"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "Tokyo" in done.stdout
     assert "payload" in done.stderr and "tokens/s" in done.stderr
 
 
 @pytest.mark.weights
-def test_run_json_has_every_fact_and_the_bytes_add_up():
-    done = kvik_command("run", "--json", "--kv", "k8v4", "--max-tokens", 6, "--raw", "-", stdin="The cat is on the")
+def test_run_json_has_every_fact_and_the_bytes_add_up(kvik_here, loaded_once):
+    done = kvik_here("run", "--json", "--kv", "k8v4", "--max-tokens", 6, "--raw", "-", stdin="The cat is on the")
     facts = json.loads(done.stdout)
     assert facts["new_tokens"] == len(facts["token_ids"]) == 6
     assert facts["finish_reason"] == "length" and facts["cached_tokens"] == 0 and facts["prompt_tokens"] == 5
@@ -153,9 +147,9 @@ def test_run_json_has_every_fact_and_the_bytes_add_up():
 
 
 @pytest.mark.weights
-def test_run_without_a_cache_gives_the_same_tokens():
+def test_run_without_a_cache_gives_the_same_tokens(kvik_here, loaded_once):
     texts = [
-        json.loads(kvik_command("run", "--json", "--kv", kv, "--max-tokens", 8, "Name a colour.").stdout)
+        json.loads(kvik_here("run", "--json", "--kv", kv, "--max-tokens", 8, "Name a colour.").stdout)
         for kv in ("f32", "none")
     ]
     assert texts[0]["token_ids"] == texts[1]["token_ids"]
@@ -163,18 +157,18 @@ def test_run_without_a_cache_gives_the_same_tokens():
 
 
 @pytest.mark.weights
-def test_seeded_sampling_repeats_itself_and_other_seeds_differ():
+def test_seeded_sampling_repeats_itself_and_other_seeds_differ(kvik_here, loaded_once):
     def text(seed):
         arguments = ["--json", "--temperature", "1.5", "--seed", seed, "--max-tokens", 12, "Tell me something."]
-        return json.loads(kvik_command("run", *arguments).stdout)["token_ids"]
+        return json.loads(kvik_here("run", *arguments).stdout)["token_ids"]
 
     assert text(1) == text(1) != text(2)
 
 
 @pytest.mark.weights
-def test_chat_knows_its_earlier_turns():
+def test_chat_knows_its_earlier_turns(kvik_here, loaded_once):
     said = "What is the capital of Japan?\nThank you.\n/reset\nHi\n/exit\n"
-    done = kvik_command("chat", "--json", "--max-tokens", 12, stdin=said)
+    done = kvik_here("chat", "--json", "--max-tokens", 12, stdin=said)
     assert done.returncode == 0, done.stderr
     turns = [json.loads(line) for line in done.stdout.splitlines()]
     assert "Tokyo" in turns[0]["text"]
@@ -198,20 +192,20 @@ def test_ctrl_c_stops_an_answer_and_not_the_chat():
 
 
 @pytest.mark.weights
-def test_a_prompt_beyond_the_context_and_a_budget_too_small_are_refused():
-    long = kvik_command("run", "-", stdin="word " * 9000)
+def test_a_prompt_beyond_the_context_and_a_budget_too_small_are_refused(kvik_here, loaded_once):
+    long = kvik_here("run", "-", stdin="word " * 9000)
     check_refusal(long, ["8,192 positions", "shorten"])
-    check_refusal(kvik_command("run", "--memory", "100KiB", "hi"), ["102,400", "raise the budget"])
+    check_refusal(kvik_here("run", "--memory", "100KiB", "hi"), ["102,400", "raise the budget"])
 
 
 @pytest.mark.weights
-def test_a_template_that_reaches_for_python_internals_is_refused(tmp_path):
+def test_a_template_that_reaches_for_python_internals_is_refused(tmp_path, kvik_here):
     prepared = resolve("smollm2")
     for file in prepared.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
     (tmp_path / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
-    check_refusal(kvik_command("run", "--model", tmp_path, "hi"), ["template"])
+    check_refusal(kvik_here("run", "--model", tmp_path, "hi"), ["template"])
 
 
 @pytest.mark.weights

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from helpers import KV, sees
 from kvik.cache.spec import LayerShape, Spec
 from kvik.ops import codecs
+from kvik.ops import pages as paged
 from kvik.ops.codecs import decode, encode, hadamard, unrotated
 from kvik.ops.layout import CODECS, RowLayout, nearest_codec
 
@@ -169,6 +170,20 @@ def test_streams_and_scales_lie_side_by_side_and_none_overlaps(streams):
 def test_a_rows_bytes_are_those_of_the_drawing():
     assert RowLayout.of(("k", 64, CODECS["int8"]), ("v", 64, CODECS["int8"])).row_bytes == 132
     assert RowLayout.of(("k", 64, CODECS["int8"]), ("v", 64, CODECS["int4"])).row_bytes == 102
+
+
+@pytest.mark.parametrize("width", [24, 64])
+@pytest.mark.parametrize("kv", KV)
+def test_blanking_zeroes_the_rows_of_some_pages_from_a_slot_on_and_no_others(kv, width):
+    layout, numbers = layout_of(kv, width, width + 8), torch.tensor([5, 1])
+    noise = torch.randint(1, 256, (7, 16 * layout.row_bytes), generator=torch.Generator().manual_seed(0))
+    for first in (0, 1, 2, 3, 8, 13, 15):
+        pages = noise.to(torch.uint8)
+        before = paged.packed(pages, layout, 16)
+        paged.blank(pages, layout, 16, numbers, first)
+        before[numbers, first:] = 0
+        assert torch.equal(paged.packed(pages, layout, 16), before), first
+        assert torch.equal(pages[[0, 2, 3, 4, 6]], noise[[0, 2, 3, 4, 6]])
 
 
 def test_a_misspelt_codec_has_a_nearest():

@@ -154,6 +154,27 @@ def test_a_bound_on_rows_holds_at_every_moment(ops):
     assert len(sequence) == 500
 
 
+def test_memory_that_a_choice_frees_goes_back(ops):
+    """Pages of a chunk lie lane by lane, so that what stays of each lane lies in every slab: it is moved together."""
+    layers = shapes(layers=4, heads=8)
+    toy, cache = Toy(layers), make_cache("f32+knorm:10%", layers, page=16, memory=64 << 20, shares=False)
+    other, sequence = cache.open(), cache.open(text(1000))
+    toy.run([(other, text(50))])
+    before = other.read(2)["k"].clone()
+    toy.run([(sequence, text(1000))])
+    held_before, rows = cache.arena.held, sequence.read(1)["k"].clone()
+    sequence.settle()
+    cache.check()
+    assert cache.arena.held < 0.3 * held_before
+    after = sequence.read(1)
+    for lane in range(8):
+        there = ~after["k"][lane].isnan().any(-1)
+        assert torch.equal(after["k"][lane][there], rows[lane][after["positions"][there]])
+    assert torch.equal(other.read(2)["k"], before)
+    out = feed(toy, sequence, text(20, 1))
+    assert bool(out.isfinite().all())
+
+
 def test_one_sequences_choice_does_not_hurt_another(ops):
     """Law 4: blocks that were found before stay whole; the sequence takes pages of its own."""
     layers = shapes(layers=2, heads=2)
@@ -277,6 +298,31 @@ def test_attention_mass_is_what_dense_attention_gives(ops):
         torch.testing.assert_close(mass[lane], scores.softmax(-1).sum((0, 1)), atol=1e-3, rtol=1e-3)
 
 
+def mass_of(*ways):
+    """Attention mass after 40 tokens, 30 more not settled yet, these ways of going on, and all of it settled."""
+    toy, cache, sequence = opened("f32+h2o:50%", prompt=90, shares=False)
+    feed(toy, sequence, text(40))
+    toy.run([(sequence, text(30, 1))])
+    for way in ways:
+        if way == "failed":
+            with contextlib.suppress(ZeroDivisionError), sequence.append(text(9, 2)) as step:
+                toy.append(step, 0)
+                step.attend(0, toy.row("q", 0, step.tokens, step.positions), scale=SCALE)
+                raise ZeroDivisionError
+        elif way == "forked":
+            sequence = sequence.fork()
+        else:
+            sequence.settle(30)
+    sequence.settle()
+    cache.check()
+    return sequence._observed[0].mass
+
+
+@pytest.mark.parametrize("way", ["failed", "accepted", "forked"])
+def test_what_earlier_steps_saw_stays_pending(way, ops):
+    assert torch.equal(mass_of(way), mass_of())
+
+
 def test_attention_mass_moves_with_its_rows(ops):
     toy, _, sequence = opened("f32+h2o:50%,every:40", prompt=160, shares=False)
     feed(toy, sequence, text(160))
@@ -308,3 +354,45 @@ def test_a_model_shows_its_queries_though_layers_are_single_calls(policy):
         found.append((held(sequence), model.run([(sequence, [7])])))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
     assert 30 < len(found[0][0][0][0]) < 60
+
+
+BUDGETS = ["knorm:25%", "knorm:60%,every:24", "keydiff:70rows,every:40", "knorm:50%,recent:2,sinks:1", "knorm:100%"]
+
+
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("policy", BUDGETS)
+def test_bytes_by_formula_are_those_that_are_held(policy, page, ops):
+    """At every length, before and after a choice; the most of them is the peak."""
+    toy, cache, sequence = opened(f"int8+{policy}", prompt=150, page=page, shares=False)
+    most, spec = 0, cache.spec
+    for length in range(1, 260):
+        toy.run([(sequence, [length % 40])])
+        unsettled = sequence.nbytes
+        assert unsettled == spec.nbytes(length, prompt=150, settled=False)
+        sequence.settle()
+        most = max(most, unsettled.allocated, sequence.nbytes.allocated)
+        assert sequence.nbytes == spec.nbytes(length, prompt=150), length
+        if length in (1, 16, 65, 150, 151, 259):
+            assert spec.peak(length, 150).allocated == most
+    assert spec.nbytes(150) == spec.nbytes(150, prompt=150) == spec.nbytes(150, prompt=None)
+
+
+def test_lanes_that_share_hold_what_the_formula_says_to_a_page(ops):
+    for policy in ("ada(knorm):30%", "global(knorm):30%", "pyramid(knorm):30%"):
+        toy, cache, sequence = opened(f"int8+{policy}", prompt=320, shares=False)
+        feed(toy, sequence, text(320))
+        by_formula, held = cache.spec.nbytes(320), sequence.nbytes
+        assert held.payload == by_formula.payload
+        pages = sequence.tables[0].held(320)[0].size - 9 * -(-96 // 16)
+        assert 0 <= pages < 9, "a lane's last page may be half empty"
+
+
+def test_an_open_page_counts_among_the_rows_that_stay(ops):
+    """It can't be taken apart; rows elsewhere leave in its place."""
+    toy, _, sequence = opened("f32+knorm:30%,recent:2", prompt=180, page=64, shares=False)
+    feed(toy, sequence, text(180))
+    for lane in held(sequence)[0]:
+        assert len(lane) == 4 + 52 and set(range(128, 180)) <= set(lane), "sinks, and what lies in the open page"
+    toy, _, sequence = opened("f32+knorm:50%,recent:2", prompt=180, page=64, shares=False)
+    feed(toy, sequence, text(180))
+    assert {len(lane) for lane in held(sequence)[0]} == {90}

@@ -118,8 +118,11 @@ def test_the_bootstrap_repeats_itself_and_says_nothing_of_one_document():
 
 
 def test_only_what_no_other_beats_is_on_the_frontier():
-    found = evaluation(made("a", 0.1, 100.0), made("b", 0.2, 110.0), made("c", 0.01, 200.0), made("d", 0.01, 210.0))
-    assert [each.spec for each in found.frontier] == ["a", "c", "f32"]
+    found = evaluation(
+        made("int4", 0.1, 100.0), made("k8v4", 0.2, 110.0), made("int8", 0.01, 200.0), made("f16", 0.01, 210.0),
+        made("int4+oracle:25%", 0.001, 20.0),
+    )  # fmt: skip
+    assert [each.spec for each in found.frontier] == ["int4", "int8", "f32"], "and what nobody can know"
 
 
 # What changes nothing, and what does.
@@ -164,12 +167,14 @@ def test_each_protocol_takes_the_prefix_in_as_it_says(model, text, monkeypatch):
     monkeypatch.setattr(Sequence, "settle", lambda self: settled.append(len(self)) or settle(self))
     steps = [(PREFIX + at, 1, True) for at in range(TIMED)]
     steps += [(PREFIX + TIMED, CHUNK, True), (PREFIX + TIMED + CHUNK, SCORED - TIMED - CHUNK, True)]
+    beside = (PREFIX, SCORED, False)  # in a fork, to see where attention goes
     evaluate(model, text, [], prefix=PREFIX, scored=SCORED, documents=1)
-    assert told == [PREFIX] and taken == [(0, PREFIX, False), *steps]
+    assert told == [PREFIX] and taken == [(0, PREFIX, False), beside, *steps]
+    taken.remove(beside)
     assert settled == [start + count for start, count, _ in taken], "whatever went in is settled"
     taken.clear()
     evaluate(model, text, [], prefix=PREFIX, scored=SCORED, documents=1, protocol="stream")
-    assert told[1:] == [0] and taken == [(0, 64, False), (64, PREFIX - 64, False), *steps]
+    assert told[1:] == [0] and taken == [(0, 64, False), (64, PREFIX - 64, False), beside, *steps]
 
 
 def test_a_policy_drops_where_the_prompt_ends_and_later_where_it_says(model, text):

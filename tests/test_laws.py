@@ -9,7 +9,20 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from helpers import TOY, VOCAB, Toy, cache_of, over_codecs, over_pages, over_retentions, pages_held, sees, text
+from helpers import (
+    TOY,
+    VOCAB,
+    Toy,
+    cache_of,
+    over_codecs,
+    over_pages,
+    over_pairs,
+    over_retentions,
+    pages_held,
+    pairwise,
+    sees,
+    text,
+)
 from kvik.cache.arena import Arena
 from kvik.cache.retention import Retention
 from kvik.models import families
@@ -53,9 +66,7 @@ def together(cache, toy, batch):
     return [torch.cat(out) for out in outs]
 
 
-@over_pages
-@over_retentions
-@over_codecs
+@over_pairs
 def test_the_cut_does_not_show(kv, kept, page, ops):
     check_cut(cache_of(kv, kept, page))
 
@@ -291,9 +302,7 @@ def stored(cache, sequence, count):
     return paged.packed(pages, table.group.layout, cache.spec.page_size).flatten(1, 2)[:, :count]
 
 
-@over_pages
-@over_retentions
-@over_codecs
+@over_pairs
 def test_appending_moves_nothing_that_was_before(kv, kept, page, ops):
     check_causality(cache_of(kv, kept, page))
 
@@ -333,9 +342,7 @@ class Logits:
     cut = Toy.cut
 
 
-@pytest.mark.parametrize("kv", ["bf16", "int4+window:70,sinks:5"])
-@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pairwise(weights=("f32", "bf16", "int8", "int4"), family=("llama", "gpt2"), kv=("bf16", "int4+window:70,sinks:5"))
 def test_the_cut_does_not_show_in_a_models_logits(family, weights, kv, ops):
     model = tiny(family, weights)
     check_cut(model.cache(kv, memory=8 << 20), Logits(model))

@@ -7,9 +7,6 @@ only the latter is left.
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -270,22 +267,22 @@ def test_a_gradient_through_codes_is_refused(fmt):
 # Choosing.
 
 
-def arithmetic_under(**environment):
-    """What a fresh process multiplies with: (exit code, what it said)."""
-    code = (
-        "import torch; from kvik.ops.linear import Linear; from kvik.ops.loader import native; "
-        "made = Linear(torch.randn(64, 64), None, 'int4', torch.device('cpu')); "
-        "print(made.arithmetic, native() and native().isa(), tuple(made(torch.randn(3, 64)).shape))"
-    )
-    environment = {k: v for k, v in os.environ.items() if k not in ("KVIK_OPS", "KVIK_ISA")} | environment
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
-    return done.returncode, done.stdout.strip() or done.stderr.strip().splitlines()[-1]
-
-
-def test_the_environment_chooses():
-    assert arithmetic_under() == (0, f"native {module.available()[-1]} (3, 64)")
-    assert arithmetic_under(KVIK_ISA="baseline") == (0, "native baseline (3, 64)")
-    assert arithmetic_under(KVIK_OPS="reference") == (0, "torch packed None (3, 64)")
+@pytest.mark.parametrize("chosen", [{}, {"KVIK_ISA": "baseline"}, {"KVIK_OPS": "reference"}])
+def test_the_environment_chooses(monkeypatch, chosen):
+    for name in ("KVIK_OPS", "KVIK_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    before = module.isa()
+    loader.native.cache_clear()
+    try:
+        made, isa = Linear(drawn(64, 64), None, "int4", CPU), loader.native() and loader.native().isa()
+    finally:
+        loader.native.cache_clear()
+        module.use(before)
+    wanted = None if "KVIK_OPS" in chosen else chosen.get("KVIK_ISA", module.available()[-1])
+    assert (made.arithmetic, isa) == ("torch packed" if wanted is None else "native", wanted)
+    assert made(drawn(3, 64)).shape == (3, 64)
 
 
 def test_an_unknown_choice_is_refused(monkeypatch):

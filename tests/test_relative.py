@@ -3,12 +3,16 @@ texts far longer than the model's positions."""
 
 import dataclasses
 import itertools
+import json
+import sys
 
 import pytest
 import torch
 from torch.nn.functional import rms_norm, silu
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+import kvik.cli
+from bench_models import check_refused, write_model
 from helpers import KV, PAGES, Toy, make_cache, pages_held, sees, text
 from kvik.cache import relative, weigh
 from kvik.cache.prefix import root_key
@@ -20,12 +24,12 @@ from kvik.models import families
 from kvik.models.model import Model
 from kvik.models.parts import Rotation
 from kvik.models.rope import Rope
-from kvik.ops import reference
+from kvik.ops import loader
 from kvik.ops.layout import MOST_POSITIONS
 from kvik.ops.pointwise import turn
-from kvik.ops.reads import Reads
 from kvik.plan import run_plan
 from test_laws import Logits, check_cut
+from test_native import bound
 
 ROPE = Rope(10_000.0, 16)
 FREQUENCIES = ROPE.frequencies()[0]
@@ -115,6 +119,19 @@ def test_every_position_sees_its_sinks_right_before_its_window(kept, page, ops):
     check_dense(cache_of("f32", kept, page), kept)
 
 
+@pytest.mark.parametrize("kv", KV)
+def test_rows_are_read_as_they_are_stored(kv, ops):
+    """The definition over keys and values as they were decoded, keys turned back to position 0."""
+    kept, tokens = EVERY[3], text(200)
+    with cache_of(kv, kept).open() as sequence:
+        got = TOY.run([(sequence, tokens)])[0][:, 0]
+        k, v = (sequence.read(0)[name].transpose(0, 1).double() for name in "kv")
+    back = weigh.turns(FREQUENCIES, -torch.arange(200))[:, None]
+    k = torch.view_as_real(torch.view_as_complex(k.unflatten(-1, (-1, 2)).contiguous()) * back).flatten(-2)
+    want = dense(TOY.content("q", tokens), k, v, apart(kept, 200), FREQUENCIES, 0.25)[0]
+    assert (got.double() - want).abs().max() <= bound(kv, loader.chosen() and loader.built().isa())
+
+
 def test_softcap_is_of_the_turned_scores(ops):
     kept, tokens = EVERY[0], text(130)
     q, k, v = (TOY.content(name, tokens) for name in "qkv")
@@ -166,7 +183,7 @@ LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 40}
 
 
-def tiny(family="llama", **options):
+def tiny(family="llama", weights="f32", **options):
     """(transformers' random model, ours)."""
     torch.manual_seed(0)
     if family == "gpt2":
@@ -179,7 +196,7 @@ def tiny(family="llama", **options):
         weight.data *= 3 if weight.dim() > 1 else 1  # attention is far from even
     config = families.from_hf(theirs.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
-    return theirs, Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights="f32")
+    return theirs, Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights=weights)
 
 
 def by_distance(theirs, config, tokens, kept):
@@ -223,8 +240,7 @@ def test_a_models_logits_are_those_by_distance(rope, ops):
 # Laws.
 
 
-@pytest.mark.parametrize("page", [16, 128])
-@pytest.mark.parametrize("kept", [EVERY[0], EVERY[3]], ids=str)
+@pytest.mark.parametrize(("kept", "page"), [(EVERY[0], 16), (EVERY[3], 128)], ids=str)
 @pytest.mark.parametrize("kv", KV)
 def test_the_cut_does_not_show(kv, kept, page, ops):
     check_cut(cache_of(kv, kept, page), TOY)
@@ -245,9 +261,9 @@ def test_the_cut_is_seen_where_near_tokens_take_the_far_ones_way(monkeypatch, op
         check_cut(cache_of("f32"), TOY)
 
 
-@pytest.mark.parametrize("kv", ["bf16", "int8", "int4; layers 1: k8v4"])
-def test_the_cut_does_not_show_in_a_models_logits(kv, ops):
-    model = tiny(max_position_embeddings=128)[1]
+@pytest.mark.parametrize(("kv", "weights"), [("bf16", "f32"), ("int8", "int4"), ("int4; layers 1: k8v4", "int8")])
+def test_the_cut_does_not_show_in_a_models_logits(kv, weights, ops):
+    model = tiny(weights=weights, max_position_embeddings=128)[1]
     first, *others = kv.split(";")
     kv = ";".join([f"{first}+window:70,sinks:5,relative", *(f"{rule}+window:37,sinks:9,relative" for rule in others)])
     check_cut(model.cache(kv, memory=8 << 20), Logits(model))
@@ -470,10 +486,20 @@ def test_a_plan_has_the_masks_bytes_and_no_end():
     assert moved.notes == () and "50,000 tokens are more than the 8,192" in true.notes[0]
 
 
-# What a kernel is asked for, so that none had to change.
+def test_the_command_takes_a_prompt_that_is_longer_than_the_model(tmp_path, monkeypatch, capsys):
+    model = write_model(tmp_path / "tiny")
 
+    def run(kv):
+        words = ["run", "--model", model, "--kv", kv, "--raw", "--max-tokens", 3, "--json", "kvik " * 200]
+        monkeypatch.setattr(sys, "argv", ["kvik", *map(str, words)])
+        monkeypatch.setenv("KVIK_HOME", str(tmp_path / "home"))
+        with pytest.raises(SystemExit) as stopped:
+            kvik.cli.main()
+        return stopped.value.code
 
-def test_a_window_of_nothing_shows_the_sinks_alone():
-    seen = Reads(None, 32, 0, 4, ()).visible(torch.arange(300)[:, None].numpy(), torch.arange(300)[None].numpy())
-    assert seen[10:].sum(axis=1).tolist() == [4] * 290 and seen[10:, :4].all()
-    assert isinstance(reference.TILE, int)
+    assert run("int8+window:64,sinks:4,relative") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["prompt_tokens"], facts["new_tokens"], facts["kv_tokens"]) == (1000, 3, 1002)
+    assert facts["kv_bytes"] == 68 * 2 * 2 * 24
+    check_refused(capsys, run("int8+window:64,sinks:4"), "1,001 tokens", "700 positions", "sinks:4,relative")
+    check_refused(capsys, run("int8+window:697,sinks:4,relative"), "701 rows", "700 positions")

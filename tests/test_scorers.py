@@ -192,6 +192,7 @@ CASES = [
     ("h2o", slow_h2o, {}, {}),
     ("observed", slow_observed, {}, {}),
     ("kvzip", slow_kvzip, {}, {}),
+    ("oracle", slow_kvzip, {}, {}),
     ("expected", slow_expected, {}, {"queries": 20}),
     ("expected", slow_expected, {"ahead": 7, "skip": 12, "epsilon": 0.05}, {}),
     ("expected", slow_expected, {}, {"rotary": False, "shared": 3}),
@@ -230,7 +231,7 @@ def test_blocks_of_queries_and_rows_do_not_show(name, slow, monkeypatch):
 def test_every_scorer_has_a_case_and_a_paper():
     assert {name for name, *_ in CASES} == {*SCORING, "chunk(knorm)"} - {"random"}
     for name in METHODS.methods:
-        assert METHODS.find(name).paper.startswith("arXiv:") == (name != "random")
+        assert METHODS.find(name).paper.startswith("arXiv:") == (name not in ("random", "oracle"))
     assert METHODS.find("chunk(snapkv)").paper == "arXiv:2502.00299, arXiv:2404.14469"
 
 

@@ -19,13 +19,8 @@ CODEC_SPECS = [*CODECS, "k8v4"]
 
 
 @pytest.fixture(scope="module")
-def models():
-    return {weights: kvik.load("smollm2", weights=weights) for weights in ("f32", "int4")}
-
-
-@pytest.fixture(scope="module")
-def corpus(models):
-    return models["int4"].tokenizer.encode("\n".join(topics[name] for name in sorted(topics))[:40_000])
+def corpus(smollm2_in):
+    return smollm2_in("int4").tokenizer.encode("\n".join(topics[name] for name in sorted(topics))[:40_000])
 
 
 def last_logits(model, kv, texts, piece):
@@ -61,41 +56,39 @@ def model_logits(model, kv, text):
         return model.run([(sequence, text)], every=True)
 
 
-@pytest.mark.parametrize(
-    ("weights", "kv"), [*(("int4", kv) for kv in CODEC_SPECS), ("f32", "f32"), ("f32", "int8"), ("f32", "k8v4")]
-)
-def test_the_cut_cannot_show(models, corpus, weights, kv):
+@pytest.mark.parametrize(("weights", "kv"), [*(("int4", kv) for kv in CODEC_SPECS), ("f32", "f32")])
+def test_the_cut_cannot_show(smollm2_in, corpus, weights, kv):
     others = [corpus[i * 700 : i * 700 + length] for i, length in enumerate((3, 90, 17, 41), start=2)]
-    check_cut(models[weights], kv, corpus[:130], others, (100, 37))
-    check_cut(models[weights], kv, corpus[:10], others, (1,))
+    check_cut(smollm2_in(weights), kv, corpus[:130], others, (100, 37))
+    check_cut(smollm2_in(weights), kv, corpus[:10], [other[:12] for other in others], (1,))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kv", CODEC_SPECS)
 @pytest.mark.parametrize("weights", ["f32", "int4"])
-def test_the_cut_of_512_tokens_cannot_show(models, corpus, weights, kv):
+def test_the_cut_of_512_tokens_cannot_show(smollm2_in, corpus, weights, kv):
     others = [corpus[i * 700 : i * 700 + length] for i, length in enumerate((3, 300, 64, 511), start=2)]
-    check_cut(models[weights], kv, corpus[:512], others, (512, 256, 37, 1))
+    check_cut(smollm2_in(weights), kv, corpus[:512], others, (512, 256, 37, 1))
 
 
 @pytest.mark.parametrize("kv", ["bf16", "int8+window:100,sinks:4"])
-def test_a_window_and_a_settle_after_every_token_cannot_show(models, corpus, kv):
-    check_cut(models["int4"], kv, corpus[:300], [corpus[900:930]] * 4, (300, 64, 7))
+def test_a_window_and_a_settle_after_every_token_cannot_show(smollm2_in, corpus, kv):
+    check_cut(smollm2_in("int4"), kv, corpus[:300], [corpus[900:930]] * 4, (300, 64, 7))
 
 
-def test_greedy_text_equals_transformers_and_no_cache(models):
-    """4 prompts here; benchmarks/agreement.py does 20 x 64 tokens."""
-    model = models["f32"]
+def test_greedy_text_equals_transformers_and_no_cache(smollm2_in):
+    """4 prompts x 16 tokens here; benchmarks/agreement.py does 20 x 64."""
+    model = smollm2_in("f32")
     prompts = [encode_prompt(model, text) for text in agreement.PROMPTS[:4]]
-    want = agreement.transformers_texts(model, prompts, 24)
-    assert agreement.kvik_texts(model, prompts, 24, "f32") == want
-    recomputed = Generation(model, Request(prompts[2], 24), None).run()
-    assert recomputed.token_ids == want[2]
+    want = agreement.transformers_texts(model, prompts, 16)
+    assert agreement.kvik_texts(model, prompts, 16, "f32") == want
+    recomputed = Generation(model, Request(prompts[2], 8), None).run()
+    assert recomputed.token_ids == want[2][:8]
 
 
-def test_six_thousand_tokens_under_a_window_keep_memory_flat(models, corpus):
-    model = models["int4"]
+def test_six_thousand_tokens_under_a_window_keep_memory_flat(smollm2_in, corpus):
+    model = smollm2_in("int4")
     cache = model.cache("int8+window:512,sinks:4", memory=64 << 20, shares=False)
     held = []
     with cache.open() as sequence:

@@ -39,7 +39,7 @@ def synthetic(contexts=(32, 1024, 4096, 8128), kv="bf16", tokens=32, rounds=3):
     10 GB/s, appending 0.5 ms, the rest 1.5 ms; a prompt 1 ms a token."""
     layers = [LayerShape(3, (("k", 64), ("v", 64)))] * 30
     specs = Spec.parse(kv, layers), Spec.parse("f32", layers)
-    arithmetic = Arithmetic(*specs, 3, 106_168_320, 28_311_552, 96_577_268)
+    arithmetic = Arithmetic(*specs, 3, 106_168_320, 28_311_552, 96_577_268, 96_577_012)
     lengths = []
     for context in contexts:
         attend = (context + tokens + 1) * ROW / 1e10
@@ -108,6 +108,16 @@ def test_a_window_bounds_what_a_step_reads():
     speed = synthetic((32, 4096), kv="bf16+window:100,sinks:4", tokens=4)
     assert speed.attended(4096) == 104 * ROW
     assert speed.held(4096) == speed.arithmetic.spec.nbytes(4104)
+
+
+def test_a_policy_bounds_what_a_step_reads_from_the_prompts_end_on():
+    speed = synthetic((32, 4096), kv="bf16+snapkv:25%", tokens=4)
+    assert speed.attended(4096) == (1024 + (2 + 4 + 6 + 8) / 4) * ROW
+    assert speed.held(4096) == speed.arithmetic.spec.nbytes(4104, prompt=4096)
+    assert speed.prefill_floor(4096) == synthetic((32, 4096), tokens=4).prefill_floor(4096), "until then all rows stay"
+    bound = synthetic((4096,), kv="bf16+keydiff:1024rows", tokens=4).prefill_floor(4096)
+    chunks = range(0, 4096, 128)  # it is cut where the policy looks, and reads 1,024 rows and its own at the most
+    assert bound.bytes_read == sum(96_000_000 + (min(start, 1024) + 128) * ROW for start in chunks)
 
 
 def test_json_has_every_figure():
@@ -225,6 +235,19 @@ def test_each_round_visits_all_lengths_with_prompts_of_its_own(quick, monkeypatc
     assert [each.context for each in speed.lengths] == [20, 60] and speed.rounds == 3
     peaks = [speed.peak_before, *(each.peak for each in speed.lengths)]
     assert peaks[0] > 0 and peaks == sorted(peaks) and speed.peak == peaks[-1]
+
+
+def test_every_prompt_is_one_so_that_a_policy_chooses_at_its_end(quick, monkeypatch):
+    held, honest = [], Model.run
+
+    def run(self, chunks, *rest, **options):
+        held.append((len(chunks[0][0]), chunks[0][0].nbytes.payload // (2 * 2 * 2 * 12)))
+        return honest(self, chunks, *rest, **options)
+
+    monkeypatch.setattr(Model, "run", run)
+    measure_speed(tiny(), ids(300), [60, 160], kv="int8+knorm:25%", tokens=1, rounds=1)
+    assert [rows for tokens, rows in held if tokens == 60] == [36]
+    assert [rows for tokens, rows in held if tokens == 160] == [40]
 
 
 def test_the_round_of_the_median_gives_the_parts():

@@ -222,3 +222,55 @@ def test_a_model_that_gives_no_numbers_is_refused():
 def test_a_recomputation_that_gives_no_numbers_is_infinitely_far(monkeypatch):
     monkeypatch.setattr(Again, "run", lambda self, tokens: torch.full((VOCAB,), torch.nan))
     assert next(record(TINY, [1], layers=())).same.largest == torch.inf
+
+
+# Rows that a policy lets go.
+
+POLICIES = [
+    ("int8+snapkv:25%,sinks:1,recent:2,last:8; page 16", 37),
+    ("k8v4+ada(expected):40%,sinks:1,recent:2; page 16", 48),
+    ("f32+h2o:50%,sinks:1,recent:2,every:5; page 16", 33),
+    ("f32+keydiff:12rows,sinks:1,recent:2,every:6; page 16", 20),
+    ("int4+window:9; layers 1 heads 0: bf16+rkv:30%,sinks:1,recent:2; page 16", 40),
+]
+over_policies = pytest.mark.parametrize(("kv", "prefill"), POLICIES)
+
+
+@over_policies
+def test_every_pair_row_and_bit_is_right_where_a_policy_lets_rows_go(kv, prefill, plain):
+    trace, tokens = traced(text(60), kv=kv, prefill=prefill), text(60)
+    check_weights(trace)
+    arithmetic = dataclasses.replace(Arithmetic.of(TINY, kv), prompt=prefill)
+    for frame in trace.frames:
+        assert frame.same.largest == 0, frame.length
+        want = arithmetic.text(frame.length)
+        assert (frame.cached.rows.sum(), frame.cached.pairs.sum()) == (want.rows, want.pairs), frame.length
+        assert (frame.phase == "prefill") == (frame.start < prefill)
+    assert trace.prompt == prefill and trace.hides == "every row"
+    assert trace.frames[-1].plain.largest > 0
+    with TINY.cache(kv, shares=False).open(tokens[:prefill]) as sequence:
+        for frame in trace.frames:
+            TINY.run([(sequence, frame.tokens)])
+            sequence.settle()
+            assert frame.nbytes == sequence.nbytes
+            for layer in ALL:
+                rows, held = sequence.read(layer), frame.looks[layer].held
+                there = torch.zeros_like(held)
+                there[:, rows["positions"]] = ~rows["k"].isnan().all(-1)
+                assert torch.equal(held, there)
+    gone = [states(trace.frames[-1].looks[layer], 0).count("gone") for layer in ALL]
+    assert gone[1] > 10
+
+
+def test_the_prompt_goes_in_by_the_steps_that_a_policy_allows():
+    trace = traced(text(20), kv="bf16+keydiff:12rows,sinks:1,recent:2,every:6; page 16", prefill=14)
+    assert [len(frame.tokens) for frame in trace.frames] == [6, 6, 2, *[1] * 6]
+    assert [frame.phase for frame in trace.frames] == ["prefill"] * 3 + ["decode"] * 6
+    one = traced(text(20), kv="bf16+snapkv:25%", prefill=14)
+    assert [len(frame.tokens) for frame in one.frames] == [14, *[1] * 6] and one.prompt == 14
+
+
+def test_a_row_that_was_let_go_and_is_looked_at_is_seen(monkeypatch, plain):
+    monkeypatch.setattr(Tally, "settled", lambda *_: None)
+    with sees():
+        test_every_pair_row_and_bit_is_right_where_a_policy_lets_rows_go(*POLICIES[0], None)

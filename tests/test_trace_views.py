@@ -84,6 +84,16 @@ def test_the_view_says_what_a_window_hides_and_what_a_sink_is():
     assert "an attention sink" in " ".join(shown(trace).split())
 
 
+def test_the_view_says_what_a_policy_let_go_and_why_it_may_have_let_nothing_go():
+    kv = "bf16+snapkv:25%,sinks:1,recent:2,last:8; page 16"
+    told = " ".join(shown(traced(text(40), kv=kv, prefill=38)).split())
+    assert "not seen: 29 that the policy let go" in told and "f32 rows and every row" in told
+    assert "window" not in told and "let no row" not in told
+    told = " ".join(shown(traced(text(40), kv=kv)).split())
+    assert "The policy let no row of this layer go. --prefill says" in told and "pages of 16 that are not full" in told
+    assert "let no row" not in " ".join(shown(traced(text(9))).split())
+
+
 def test_a_recomputation_that_differs_is_told_plainly():
     trace = traced(text(3))
     wrong = dataclasses.replace(trace.frames[-1], same=trace.frames[-1].plain)
@@ -197,6 +207,16 @@ def test_the_page_knows_what_a_window_hides():
     kept = data["kept_layers"][0]
     assert data["hides"] and data["shared"][kept["seen"][0]][-1] == [0, 1, 36, 40]
     assert data["shared"][kept["held"][0]][-1] == [0, 16, 32, 40]
+
+
+def test_the_page_knows_what_a_policy_let_go():
+    trace = traced(text(40), kv="bf16+snapkv:25%,sinks:1,recent:2,last:8; page 16", prefill=38)
+    whole = make_page(trace, layer=0, head=0)
+    data, look = contents(whole), trace.frames[-1].looks[0]
+    assert data["hides"] == "every row" and data["prompt"] == 38
+    edges = data["shared"][data["kept_layers"][0]["held"][0]][-1]
+    runs = [set(range(start, stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    assert set.union(*runs) == set(look.held[0].nonzero().flatten().tolist()) and len(runs) >= 2
 
 
 def test_hostile_text_is_only_text():

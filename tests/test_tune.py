@@ -22,7 +22,8 @@ def tuning(memory=None, max_kl=None, **figures):
     """Candidates of (bytes, KL); what is over the memory was not measured."""
     candidates = tuple(
         Candidate(
-            spec, Bytes(size - 2, 2), None if memory is not None and size > memory else made(spec, kl, float(size))
+            spec, Bytes(size - 2, 2), size,
+            None if memory is not None and size > memory else made(spec, kl, float(size)),
         )
         for spec, (size, kl) in (figures or FIGURES).items()
     )  # fmt: skip
@@ -96,6 +97,20 @@ def test_the_table_says_why_each_was_left():
     assert "taken" not in " ".join(printed(tuning(memory=71)).split())
 
 
+def test_what_must_fit_is_the_most_that_is_held_at_any_time():
+    """A policy that chooses at the prompt's end has taken all of it in."""
+    plain, part = Candidate("int8", Bytes(98, 2), 100, made("int8", 0.01, 100.0)), "int8+snapkv:25%"
+    dropping = Candidate(part, Bytes(24, 1), 100, made(part, 0.2, 25.0, kept=0.25))
+    found = Tuning(SETUP, WHERE, 4096, 60, None, (plain, replace(dropping, measured=None)))
+    assert found.winner is None and "takes 100 B" in found.why_none
+    close = Tuning(SETUP, WHERE, 4096, None, 0.3, (plain, dropping))
+    assert close.winner is dropping, "without a limit of memory, what stays counts"
+    text = " ".join(printed(close).split())
+    assert "int8+snapkv:25% 25 B 100 B 0.20" in text and "at most on the way there" in text
+    assert "at most on the way" not in " ".join(printed(tuning(max_kl=1.0)).split())
+    assert close.to_dict()["candidates"][1]["bytes"] == {"payload": 24, "overhead": 1, "allocated": 25, "peak": 100}
+
+
 def test_json_has_every_candidate_and_the_winner():
     facts = json.loads(json.dumps(tuning(140, 0.04).to_dict(), allow_nan=False))
     assert facts["winner"] == "int8-rot" and facts["frontier"] == ["int4", "k8v4", "int8", "int8-rot"]
@@ -118,7 +133,7 @@ def test_the_ladder_fits_every_model():
         for lossy in (False, True):
             specs = ladder(layers, 4096, lossy=lossy)
             assert len(set(specs)) == len(specs)
-            assert any("window" in spec for spec in specs) == lossy
+            assert any("window" in spec for spec in specs) == any("kvzip" in spec for spec in specs) == lossy
     assert "int8+window:2048,sinks:4" in ladder(30, 4096, lossy=True)
     assert {"int4; layers 0-14: k8v4", "int4; layers 10-14: k8v4", "int4; layers 0-1: int8"} < {*ladder(30, 4096)}
     assert "int4; layers 2-2: k8v4" in ladder(6, 4096)

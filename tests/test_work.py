@@ -1,6 +1,7 @@
 """The formulas of `plan.work` against sums that go through every query and every row."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,18 +14,18 @@ from kvik.models.model import Model
 from kvik.ops import reads
 from kvik.plan.work import Arithmetic, Work
 
-ROW, HEAD, HELD = 1000, 300, 5000  # weights of all layers, of the head; bytes of all
+ROW, HEAD, HELD, READ = 1000, 300, 6000, 5000  # weights of all layers, of the head; bytes of all, and of those read
 
 
 def arithmetic(kv="bf16", windows=(None, None), heads=2, width=8, shared=3):
     """A model of a layer for each of its own windows."""
     layers = [LayerShape(heads, (("k", width), ("v", width)), window) for window in windows]
-    return Arithmetic(Spec.parse(kv, layers), Spec.parse("f32", layers), shared, ROW, HEAD, HELD)
+    return Arithmetic(Spec.parse(kv, layers), Spec.parse("f32", layers), shared, ROW, HEAD, HELD, READ)
 
 
 SMOLLM2 = Arithmetic(
     *(Spec.parse(kv, [LayerShape(3, (("k", 64), ("v", 64)))] * 30) for kv in ("bf16", "f32")),
-    3, 106_168_320, 28_311_552, 94_906_100,
+    3, 106_168_320, 28_311_552, 94_906_100, 94_906_100,
 )  # fmt: skip
 
 SPECS = [
@@ -58,7 +59,7 @@ def brute(model, tokens, cached, chunk, batch):
                 attention += model.shared * len(visible) * sum(2 * width for width in widths)
             read += len(seen) * group.layout.row_bytes
     products = sum(2 * ROW for _ in range(batch * (tokens - first))) + batch * 2 * HEAD
-    return Work(rows, pairs, products, attention, HELD, read)
+    return Work(rows, pairs, products, attention, READ, read)
 
 
 @over_specs
@@ -94,7 +95,7 @@ def test_the_closed_forms_of_full_attention(n):
     assert (cached.rows, without.rows) == (n, n * (n + 1) // 2)
     assert (cached.pairs, without.pairs) == (n * (n + 1) // 2, n * (n + 1) * (n + 2) // 6)
     assert cached.rows_read == without.rows_read == n * (n + 1) // 2 * 64
-    assert cached.weights_read == without.weights_read == n * HELD
+    assert cached.weights_read == without.weights_read == n * READ
 
 
 def test_a_batch_reads_the_weights_once_and_everything_else_for_each():
@@ -103,6 +104,61 @@ def test_a_batch_reads_the_weights_once_and_everything_else_for_each():
     assert (eight.rows, eight.pairs, eight.rows_read) == (8 * one.rows, 8 * one.pairs, 8 * one.rows_read)
     assert eight.operations == 8 * one.operations
     assert eight.bytes_read == one.bytes_read + 7 * one.rows_read
+
+
+POLICIES = [
+    "int8+knorm:25%,sinks:1,recent:2", "int4+keydiff:9rows,sinks:1,recent:3,every:5; page 16",
+    "k8v4+h2o:40%,recent:2,every:4", "int8+window:5; layers 1 heads 0: bf16+knorm:50%,recent:2,sinks:0",
+]  # fmt: skip
+
+
+def walked(group, tokens, prompt):
+    """Rows that a lane holds before each token, one after the other, as a policy or a window lets them go."""
+    policy, held, found = group.retention.policy, 0, []
+    for seen in range(1, tokens + 1):
+        found.append(held)
+        held = group.rows(seen) if policy is None else held + 1
+        if policy is not None and policy.fires(seen, prompt, held):
+            least = policy.sinks + max(policy.recent, seen % group.page_size)
+            held = min(held, max(policy.budget_at(seen), least))
+    return found
+
+
+@pytest.mark.parametrize("prompt", [7, 20, 40])
+@pytest.mark.parametrize("kv", POLICIES)
+def test_steps_under_a_policy_are_sums_over_what_it_left(kv, prompt):
+    model = replace(arithmetic(kv), prompt=prompt)
+    groups = [(group, walked(group, 60, prompt)) for group in model.spec.groups]
+    for tokens in range(1, 61):
+        pairs = read = 0
+        for group, before in groups:
+            held = min(before[tokens - 1] + 1, group.rows(tokens)) if group.retention.window else before[tokens - 1] + 1
+            pairs += model.shared * len(group.lanes) * held
+            read += len(group.lanes) * held * group.layout.row_bytes
+        found = model.step(tokens)
+        assert (found.pairs, found.rows_read) == (pairs, read), tokens
+    assert model.text(60).pairs == sum(model.step(n).pairs for n in range(1, 61))
+    assert arithmetic(kv).step(41) == replace(model, prompt=40).step(41), "by default all before a step is its prompt"
+
+
+def test_a_prompt_goes_in_cut_where_a_policy_chooses():
+    assert arithmetic("bf16").cuts(10, 4) == [(4, 4), (8, 4), (10, 2)]
+    assert arithmetic("int8+knorm:25%").cuts(10, 4) == [(4, 4), (8, 4), (10, 2)]
+    kv = "int8+keydiff:40rows,every:5; layers 1: int8+keydiff:40rows,every:7"
+    assert arithmetic(kv).cuts(17, 4) == [(4, 4), (5, 1), (7, 2), (10, 3), (14, 4), (15, 1), (17, 2)]
+    chunks = arithmetic("int8+keydiff:9rows,sinks:1,recent:3,every:5; page 16").cuts(23, 64)
+    whole = [arithmetic("int8+keydiff:9rows,sinks:1,recent:3,every:5; page 16").step(end, chunk=n) for end, n in chunks]
+    assert sum(work.pairs for work in whole) == replace(arithmetic(POLICIES[1]), prompt=23).text(23).pairs
+
+
+@pytest.mark.parametrize(("kv", "prompt"), [(POLICIES[0], 30), (POLICIES[0], 200), ("bf16+knorm:10%,recent:2", 150)])
+@pytest.mark.parametrize("width", [8, 40])
+def test_equal_bytes_hold_from_there_on_though_rows_leave_in_between(kv, prompt, width):
+    model = replace(arithmetic(kv, width=width), prompt=prompt)
+    steps = [model.step(tokens) for tokens in range(1, 900)]
+    reached = [work.rows_read >= work.weights_read for work in steps]
+    last = max((at for at, enough in enumerate(reached) if not enough), default=-1)
+    assert model.equal_bytes == last + 2 and last < 800
 
 
 def search(reached):
@@ -117,6 +173,7 @@ def test_equal_work_and_bytes_are_what_a_linear_search_finds(kv, windows, width)
     steps = {tokens: model.step(tokens) for tokens in range(1, 400)}
     assert model.equal_work == search(lambda n: steps[n].attention >= steps[n].products)
     assert model.equal_bytes == search(lambda n: steps[n].rows_read >= steps[n].weights_read)
+    assert model.equal_held == search(lambda n: model.spec.nbytes(n).payload >= HELD)
 
 
 def test_equal_lengths_are_found_and_not_found_among_these():
@@ -130,23 +187,26 @@ def test_smollm2s_lengths_follow_from_its_sizes():
     assert SMOLLM2.equal_bytes == -(-94_906_100 // (30 * 3 * 256)) == 4120
 
 
-def tiny(family):
+def tiny(family, tied):
     if family == "gpt2":
-        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=48, n_layer=2, n_head=4, n_positions=64))
+        sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, **sizes, tie_word_embeddings=tied))
     else:
         sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "max_position_embeddings": 64}
-        theirs = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, num_attention_heads=4, num_key_value_heads=2))
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+        theirs = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
     config = families.from_hf(theirs.config.to_dict(), None, "tiny")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in theirs.state_dict().items()}
     return theirs, Model(config, {name: tensors[name] for name in config.tensor_shapes()}, weights="f32")
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_models_weights_are_counted_as_it_multiplies_with_them(family):
+def test_a_models_weights_are_counted_as_it_multiplies_with_them_and_reads_them(family, tied):
     """Against what torch counts while transformers runs the same model."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    theirs, model = tiny(family)
+    theirs, model = tiny(family, tied)
     found = Arithmetic.of(model, "bf16")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         theirs(torch.zeros((1, 7), dtype=torch.long))
@@ -158,5 +218,10 @@ def test_a_models_weights_are_counted_as_it_multiplies_with_them(family):
     assert sum(projections.values()) == 2 * 7 * (found.row_weights + found.head_weights)
     assert found.head_weights == 50 * 48
     assert found.shared == (1 if family == "gpt2" else 2)
-    assert found.weight_bytes == model.nbytes
+    tables = 50 * 48 * (not tied) + 64 * 48 * (family == "gpt2")  # of which a step takes the rows of its tokens
+    turns = 0 if family == "gpt2" else 6 * 8  # frequencies, in 64 bits
+    assert found.weight_bytes == model.nbytes == found.read_bytes + 4 * tables + turns
+    skipped = ("wpe.weight",) if tied else ("wpe.weight", "wte.weight", "embed_tokens.weight")
+    read = sum(each.numel() for name, each in theirs.named_parameters() if not name.endswith(skipped))
+    assert found.step(7).weights_read == found.read_bytes == pytest.approx(4 * read, rel=1e-3), "and norms' epsilons"
     assert (str(found.spec), str(found.plain)) == ("bf16", "f32")

@@ -7,12 +7,13 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvik.cache.cache import Cache
 from kvik.engine.generation import Generation, Request
 from kvik.engine.sampling import Sampling
 from kvik.errors import KvikError, SequenceError
+from kvik.eval.caches import rows_held
 from kvik.models.model import Model
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Chat:
         shared = min(shared, len(prompt) - 1)
         try:
             self.sequence.trim(shared)
-        except SequenceError:  # the window has dropped rows that the shorter text would see
+        except SequenceError:  # rows have left that the shorter text would see
             self.sequence.close()
             self.sequence = self.cache.open(prompt)
 
@@ -124,17 +125,20 @@ class Chat:
             print(json.dumps(facts, ensure_ascii=False), flush=True)
             return
         print(flush=True)
-        held = generation.nbytes
+        held, rows = generation.nbytes, ""
+        if facts["kv_rows"] < facts["kv_tokens"]:
+            rows = f", {facts['kv_rows']:,.0f} of {facts['kv_tokens']:,} rows a head"
         parts = [
             f"{facts['cached_tokens']} of {facts['prompt_tokens']} tokens known",
             f"{facts['new_tokens']} new ({facts['finish_reason']})",
-            f"{generation.tokens_per_s:.1f} tokens/s · {held.payload:,} + {held.overhead:,} = {held.allocated:,} B",
+            f"{generation.tokens_per_s:.1f} tokens/s · {held.payload:,} + {held.overhead:,} = {held.allocated:,} B"
+            f"{rows}",
             *([generation.note] if generation.note else []),
         ]
         _say(console, " · ".join(parts))
 
-    def _facts(self, generation: Generation) -> dict[str, object]:
-        held = generation.nbytes
+    def _facts(self, generation: Generation) -> dict[str, Any]:
+        held, tokens = generation.nbytes, len(self.sequence)
         return {
             "text": generation.text,
             "prompt_tokens": len(generation.request.prompt),
@@ -142,6 +146,8 @@ class Chat:
             "new_tokens": len(generation.token_ids),
             "finish_reason": generation.finish_reason,
             "tokens_per_s": round(generation.tokens_per_s, 2),
+            "kv_tokens": tokens,
+            "kv_rows": round(rows_held(self.cache.spec, tokens, held.payload), 2),
             "kv_bytes": held.payload,
             "kv_overhead_bytes": held.overhead,
             "kv_allocated_bytes": held.allocated,

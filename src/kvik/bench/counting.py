@@ -97,9 +97,10 @@ class Counting(Watch):
         np.add.at(self.tally.rows, self.positions, next(iter(streams.values())).shape[1])
 
     def attend(self, layer: int, q: Tensor, **options: Any) -> Partial:
-        """Passes the queries on, after it has asked how many rows each of them sees."""
+        """Passes the queries on, and then asks how many rows each of them sees."""
+        result = super().attend(layer, q, **options)
         asked = super().attend(layer, torch.zeros_like(q), scale=1.0, want_lse=True)
         assert asked.lse is not None, "it was asked for"
         seen = asked.lse.double().exp().round().sum(dim=1)
         np.add.at(self.tally.pairs, self.positions, seen.long().cpu().numpy())
-        return super().attend(layer, q, **options)
+        return result

@@ -2,12 +2,14 @@
 
 with a cache    the sequence holds n - 1 tokens; one token goes through the model and is settled
 without         what `kvik run --kv none` does: a cache for this one step, f32, and the whole text again in chunks
+
+The text's first half is its prompt: a policy that chooses at a prompt's end does so there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -15,11 +17,13 @@ from typing import Any
 from kvik.bench.counting import Counts
 from kvik.bench.fit import TimeModel, fit, reached, whole_text
 from kvik.bench.spread import Spread
+from kvik.cache.policy import When
 from kvik.cache.spec import Bytes
 from kvik.engine.generation import CHUNK
 from kvik.plan.work import Arithmetic, Work
 
 FACTORS = (2, 4)  # speed-ups whose lengths are looked for
+STEPS = 5  # with a cache, so many are taken up to each length; the first, after a long chunk, is not counted
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,19 @@ class Growth:
 
     @property
     def bounded(self) -> bool:
-        """Whether a window, the cache's or the model's own, bounds the rows kept of the longest text."""
-        return any(group.retention.rows(self.tokens) < self.tokens for group in self.arithmetic.spec.groups)
+        """Whether rows of the longest text left: by a window, the cache's or the model's own, or by a policy."""
+        prompt = self.arithmetic.prompt
+        return any(group.rows(self.tokens, prompt) < self.tokens for group in self.arithmetic.spec.groups)
+
+    def held(self, length: int) -> Bytes:
+        """By formula: what the cache holds after a step."""
+        return self.arithmetic.spec.nbytes(length, prompt=self.arithmetic.prompt)
+
+    @property
+    def chooses(self) -> list[str]:
+        """Policies that choose at the prompt's end."""
+        found = (group.retention.policy for group in self.arithmetic.spec.groups)
+        return list(dict.fromkeys(str(it) for it in found if it is not None and it.trigger.when is When.PROMPT))
 
     def steps(self, *, cached: bool) -> tuple[Work, ...]:
         """By formula: the step that adds the last token of each length."""
@@ -200,9 +215,14 @@ class Growth:
         return {
             "model": self.model,
             "spec": self.spec,
-            "weights": {"format": self.weights, "bytes": self.arithmetic.weight_bytes},
+            "weights": {
+                "format": self.weights,
+                "bytes": self.arithmetic.weight_bytes,
+                "read": self.arithmetic.read_bytes,
+            },
             "environment": asdict(self.environment),
             "tokens": self.tokens,
+            "prompt": self.arithmetic.prompt,
             "rounds": self.rounds,
             "with_cache": self._side(cached=True),
             "without": self._side(cached=False),
@@ -219,7 +239,7 @@ class Growth:
         side, model = (self.cached, self.cached_model) if cached else (self.without, self.without_model)
         seconds = self.cached_text if cached else self.without_text
         steps, texts = self.steps(cached=cached), self.texts(cached=cached)
-        spec = self.arithmetic.spec if cached else self.arithmetic.plain
+        held = self.held if cached else self.arithmetic.plain.nbytes
         lengths = [
             {
                 "tokens": length,
@@ -228,7 +248,7 @@ class Growth:
                 | {"predicted_seconds": model.predicted[i], "fitted": not model.tested[i]},
                 "text": self._counted(side.texts[i], texts[i], length) | {"seconds": seconds[i]},
                 "held": _figures(side.held[i]),
-                "held_formula": _figures(spec.nbytes(length)),
+                "held_formula": _figures(held(length)),
             }
             for i, length in enumerate(self.lengths)
         ]
@@ -242,13 +262,19 @@ class Growth:
     def _batch(self, batch: Batch) -> dict[str, Any]:
         sides: dict[str, Any] = {"sequences": batch.sequences}
         for name, cached, seconds in (("with_cache", True, batch.cached), ("without", False, batch.without)):
-            work = self.arithmetic.step(self.context, cached=cached, batch=batch.sequences)
+            arithmetic = replace(self.arithmetic, prompt=batch_prompt(self.context))
+            work = arithmetic.step(self.context, cached=cached, batch=batch.sequences)
             sides[name] = {
                 "seconds": asdict(seconds),
                 "tokens_per_s": batch.sequences / seconds.median,
                 "formula": asdict(work),
             }
         return {**sides, "held": _figures(batch.held)}
+
+
+def batch_prompt(context: int) -> int:
+    """The prompt of each sequence of a batch: all but the steps that are taken after it."""
+    return max(context - STEPS, 1)
 
 
 def _gains(lengths: tuple[int, ...], gains: tuple[float, ...]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def _reach(growth: Growth) -> int:
 def _reads(axes: Axes, growth: Growth) -> None:
     rows_say = "the rows that stay" if growth.windowed else "the same rows either way"
     titled(axes, f"Bytes read: {rows_say}", "by one more token at length n, as the cache stores rows")
-    most, weights = _reach(growth), growth.arithmetic.weight_bytes
+    most, weights = _reach(growth), growth.arithmetic.read_bytes
     lengths = [2**power for power in range(most.bit_length())]
     rows = [growth.arithmetic.step(length).rows_read for length in lengths]
     axes.plot(lengths, [weights] * len(lengths), color=WEIGHTS)
@@ -152,7 +152,7 @@ def _reads(axes: Axes, growth: Growth) -> None:
         dots(axes, growth.lengths, read, color, hollow=color == WITHOUT, size=size)
         if growth.windowed:
             _name(axes, growth.lengths, read, cached=side is growth.cached)
-    label(axes, 1, weights, "all weights", WEIGHTS, dy=-4, va="top")
+    label(axes, 1, weights, "weights", WEIGHTS, dy=-4, va="top")
     if not growth.windowed:
         middle, text = len(lengths) // 2, "rows: as many with\na cache as without"
         label(axes, lengths[middle], rows[middle], text, INK, dx=9, dy=-3, va="top")
@@ -167,18 +167,18 @@ def _reads(axes: Axes, growth: Growth) -> None:
 
 
 def _memory(axes: Axes, growth: Growth) -> None:
-    spec, most, mib = growth.arithmetic.spec, _reach(growth), 2**20
-    each = spec.nbytes(growth.tokens).payload // growth.tokens
+    most, mib = _reach(growth), 2**20
+    each = growth.held(growth.tokens).payload // growth.tokens
     titled(
         axes,
         "What it costs: memory" if growth.bounded else f"What it costs: {each:,} bytes a token",
         "memory that the cache holds at length n, MiB",
     )
     weights = growth.arithmetic.weight_bytes / mib
-    top = max(weights, spec.nbytes(most).payload / mib) * 1.2
+    top = max(weights, growth.held(most).payload / mib) * 1.2
     lengths = range(0, most + 1, max(most // 128, 1))
     axes.plot(lengths, [weights] * len(lengths), color=WEIGHTS)
-    axes.plot(lengths, [spec.nbytes(length).payload / mib for length in lengths], color=WITH)
+    axes.plot(lengths, [growth.held(length).payload / mib for length in lengths], color=WITH)
     dots(axes, growth.lengths, [held.allocated / mib for held in growth.cached.held], WITH)
     label(axes, 0, weights, "all weights", WEIGHTS, dx=2, dy=3, va="bottom")
     last = growth.cached.held[-1].allocated
@@ -187,7 +187,7 @@ def _memory(axes: Axes, growth: Growth) -> None:
         label(axes, growth.tokens, last / mib, text, WITH, dy=5, ha="right", va="bottom")
     else:
         label(axes, growth.tokens, max(last / mib, 0.12 * top), text, WITH, dx=8, dy=-4, va="top")
-    _equal(axes, growth.arithmetic.equal_bytes, most, weights, above=False)
+    _equal(axes, growth.arithmetic.equal_held, most, weights, above=False)
     axes.set_xlim(-most * 0.02, most * 1.02)
     axes.set_ylim(0, top)
     axes.set_xticks([most * part // 4 for part in range(5)])

@@ -13,7 +13,7 @@ import torch
 
 from kvik.bench.counting import Tally
 from kvik.bench.fit import grid
-from kvik.bench.growth import Batch, Environment, Growth, Side
+from kvik.bench.growth import STEPS, Batch, Environment, Growth, Side, batch_prompt
 from kvik.bench.processor import cpu_name
 from kvik.bench.spread import spread
 from kvik.cache.cache import Cache
@@ -25,7 +25,6 @@ from kvik.models.model import Model
 from kvik.models.watch import Chunk
 from kvik.plan.work import Arithmetic
 
-STEPS = 5  # with a cache, so many are taken up to each length; the first, after a long chunk, is not counted
 BATCH_CONTEXT = 128  # tokens of each sequence of a batch
 Show = Callable[[str, int, int], None]
 
@@ -54,10 +53,10 @@ def measure(
     Raises:
         ContextError, BudgetError: the text is too long for the model or the machine.
     """
-    lengths, context = grid(len(ids)), min(len(ids), BATCH_CONTEXT)
+    lengths, context, prompt = grid(len(ids)), min(len(ids), BATCH_CONTEXT), max(len(ids) // 2, 1)
     model.check_context(len(ids))
     total = 2 * len(ids) + rounds * (len(ids) + sum(lengths) + 2 * context * sum(batch))
-    runs = _Runs(model, list(ids), kv, show, total)
+    runs = _Runs(model, list(ids), kv, prompt, show, total)
     cached, held = runs.count_with(lengths)
     without, held_without = runs.count_without(lengths)
     times = runs.rounds(lengths, rounds)
@@ -68,7 +67,7 @@ def measure(
         environment=environment(model.device),
         rounds=rounds,
         lengths=lengths,
-        arithmetic=Arithmetic.of(model, kv),
+        arithmetic=Arithmetic.of(model, kv, prompt),
         cached=_side(lengths, cached, times[0], held, cached=True),
         without=_side(lengths, without, times[1], held_without, cached=False),
         context=context,
@@ -79,15 +78,15 @@ def measure(
 class _Runs:
     """The model, the text, and how far it all is."""
 
-    def __init__(self, model: Model, ids: list[int], kv: str, show: Show, total: int) -> None:
-        self.model, self.ids, self.kv = model, ids, kv
+    def __init__(self, model: Model, ids: list[int], kv: str, prompt: int, show: Show, total: int) -> None:
+        self.model, self.ids, self.kv, self.prompt = model, ids, kv, ids[:prompt]
         self._show, self._done, self._total = show, 0, total
 
     def count_with(self, lengths: Seq[int]) -> tuple[Tally, tuple[Bytes, ...]]:
         """One walk with a cache: what was counted; bytes held at each length."""
         tally, held = self._tally(), []
         cache = self.model.cache(self.kv, shares=False)
-        with cache.open() as sequence:
+        with cache.open(self.prompt) as sequence:
             for length in lengths:
                 self._say("counting with a cache")
                 self._advance([sequence], length - 1, tally.watch)
@@ -112,7 +111,7 @@ class _Runs:
         without: list[list[float]] = [[] for _ in lengths]
         cache = self.model.cache(self.kv, shares=False)
         for number in range(1, rounds + 1):
-            with cache.open() as sequence:
+            with cache.open(self.prompt) as sequence:
                 for index, length in enumerate(lengths):
                     where = f"round {number} of {rounds}: {length:,} tokens"
                     self._say(f"{where}, with a cache")
@@ -130,7 +129,7 @@ class _Runs:
             for index, size in enumerate(sizes):
                 where = f"round {number} of {rounds}: batch of {size} at {context:,} tokens"
                 cache = self.model.cache(self.kv, shares=False)
-                sequences = [cache.open() for _ in range(size)]
+                sequences = [cache.open(self.ids[: batch_prompt(context)]) for _ in range(size)]
                 self._say(f"{where}, with a cache")
                 cached[index].append(self._last_step(sequences, context))
                 held.append(cache.nbytes)

@@ -12,7 +12,7 @@ measured, and the time of its operations at the rate that the model's own produc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from kvik.bench.growth import Environment
@@ -146,7 +146,7 @@ class Speed:
 
     def held(self, context: int) -> Bytes:
         """By formula: bytes of the rows after the last step of a length."""
-        return self.arithmetic.spec.nbytes(context + 2 * self.tokens)
+        return self.arithmetic.spec.nbytes(context + 2 * self.tokens, prompt=context)
 
     def decode_floor(self, context: int) -> Floor:
         """Of a plain step, the mean of a round: steps 1, 3, 5 … after the prompt."""
@@ -154,9 +154,8 @@ class Speed:
 
     def prefill_floor(self, context: int) -> Floor:
         """Of the whole prompt."""
-        ends = [min(start + CHUNK, context) for start in range(0, context, CHUNK)]
-        starts = range(0, context, CHUNK)
-        return self._floor([self.arithmetic.step(e, chunk=e - s) for s, e in zip(starts, ends, strict=True)], 1)
+        arithmetic = replace(self.arithmetic, prompt=context)
+        return self._floor([arithmetic.step(end, chunk=chunk) for end, chunk in arithmetic.cuts(context, CHUNK)], 1)
 
     def attended(self, context: int) -> float:
         """Bytes of the rows that a watched step reads, the mean of a round: steps 2, 4, 6 … after the prompt."""
@@ -212,7 +211,8 @@ class Speed:
 
     def _steps(self, context: int, first: int) -> list[Work]:
         """Every second step after the prompt."""
-        return [self.arithmetic.step(context + first + 2 * number) for number in range(self.tokens)]
+        arithmetic = replace(self.arithmetic, prompt=context)
+        return [arithmetic.step(context + first + 2 * number) for number in range(self.tokens)]
 
     def _floor(self, steps: Sequence[Work], over: int) -> Floor:
         bytes_read = sum(self.product_bytes + work.rows_read for work in steps) / over

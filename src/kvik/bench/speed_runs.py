@@ -144,7 +144,7 @@ class _Runs:
 
     def _visit(self, ids: list[int]) -> Visit:
         """Seconds of the prompt, of a plain step, and the parts of a watched one."""
-        with self.cache.open() as sequence:
+        with self.cache.open(ids) as sequence:
             started = self.clock()
             logits = prefill(self.model, [sequence], ids)
             took = self.clock() - started
@@ -167,8 +167,9 @@ class _Runs:
     def _warm(self) -> None:
         """A short prompt and some steps of both kinds, so that what is only done once is done."""
         most = self.model.config.max_positions - 2 * STEPS
-        with self.cache.open() as sequence:
-            prefill(self.model, [sequence], prompt(self.ids, max(min(WARM, most), 1), 0, 1))
+        ids = prompt(self.ids, max(min(WARM, most), 1), 0, 1)
+        with self.cache.open(ids) as sequence:
+            prefill(self.model, [sequence], ids)
             for _ in range(min(STEPS, self.tokens)):
                 for model in (self.model, self.stopwatch.model):
                     prefill(model, [sequence], [self.ids[0]], watch=self.stopwatch.watch)

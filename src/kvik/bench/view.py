@@ -130,7 +130,7 @@ def _batches(growth: Growth) -> Table:
             time_text(cached),
             three(batch.sequences / cached),
             times_text(without / cached),
-            format_bytes(growth.arithmetic.weight_bytes // batch.sequences),
+            format_bytes(growth.arithmetic.read_bytes // batch.sequences),
             format_bytes(batch.held.allocated),
         )
     return table
@@ -150,6 +150,9 @@ def _verdicts(growth: Growth, pictures: bool) -> Table:
 def verdicts(growth: Growth) -> Iterable[tuple[str, str]]:
     """What follows from the figures: (about what, in a line or two)."""
     tokens = f"{growth.tokens:,}"
+    if growth.chooses:
+        which = f"as it ends, {' and '.join(growth.chooses)} chooses which rows stay"
+        yield "prompt", f"the first {growth.arithmetic.prompt:,} tokens; {which}"
     yield "one token", _faster(growth, growth.step_reaches, growth.step_gain[-1])
     yield "whole text", _faster(growth, growth.text_reaches, growth.text_gain[-1])
     yield "a step", step_verdict(growth)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import contextlib
 import heapq
 import mmap
+import platform
+import sys
 
 import numpy as np
 import torch
@@ -25,6 +27,10 @@ from kvik.errors import BudgetError
 
 SLAB = 256 * 1024  # grows only where a page would fill more than an eighth of it
 Pages = NDArray[np.int64]
+# Linux's MAP_NORESERVE, which Python names from 3.13 on. Without it neighbouring reservations become one, larger than
+# the memory there is, and no process that has two caches can fork.
+_GENERIC = sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64", "riscv64")
+_NORESERVE = 0x4000 if _GENERIC else 0
 
 
 class PageClass:
@@ -197,7 +203,7 @@ class Arena:
 def _reserve(sizes: list[int]) -> mmap.mmap:
     """Address space without memory behind it, the first of the sizes that the system grants; pages appear when they
     are first written."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
     for size in sizes:
         with contextlib.suppress(OSError):
             return mmap.mmap(-1, size, flags=flags)

@@ -14,7 +14,8 @@ from kvik import events
 from kvik.cache import pressure
 from kvik.cache.arena import Arena, Pages, device_memory
 from kvik.cache.books import Books, books, check, nbytes
-from kvik.cache.limits import memory_available, memory_total
+from kvik.cache.centres import Centres, centres_of
+from kvik.cache.limits import check_budget, memory_available, memory_total
 from kvik.cache.observed import may_know
 from kvik.cache.parts import parts_of
 from kvik.cache.prefix import Block, PrefixIndex, root_key, source_key
@@ -23,6 +24,7 @@ from kvik.cache.source import Filling
 from kvik.cache.spec import Bytes, Group, Spec
 from kvik.cache.step import Step
 from kvik.cache.table import Table
+from kvik.cache.tidying import defragment
 from kvik.errors import BudgetError, SequenceError, UsageError
 from kvik.ops import pages as paged
 from kvik.ops.backend import backend
@@ -52,6 +54,7 @@ class Cache:
         weights: str = "",
         shares: bool = True,
         device: str | torch.device = "cpu",
+        centres: Centres | None = None,
     ) -> None:
         """
         Args:
@@ -60,10 +63,11 @@ class Cache:
             weights: names the weights as they are held, for the keys of what is shared.
             shares: whether full pages are published, to be found by later sequences.
             device: where the rows lie.
+            centres: subtracted from keys where these are quantised; not for attention with a softcap.
 
         Raises:
             BudgetError: more than the machine, or the limit of its container, has.
-            UsageError: the device is not there.
+            UsageError: the device is not there, or the centres are for other layers.
         """
         self.spec = spec
         self.device = torch.device(device)
@@ -73,7 +77,7 @@ class Cache:
         self.shares = shares
         available = memory_available() if self.device.type == "cpu" else device_memory(self.device)
         budget = available // 2 if memory is None else memory
-        self._check_budget(budget, available)
+        check_budget(budget, available)
         largest = max((group.page_bytes for group in spec.groups), default=1)
         capacity = memory_total() if self.device.type == "cpu" else budget
         self.arena = Arena(budget, capacity, largest, self.device)
@@ -85,6 +89,7 @@ class Cache:
         self._policies = [g.retention.policy for g in spec.groups if g.retention.policy is not None]
         self.active: Step | None = None
         self._weights = weights
+        self.centres, self._centred = centres_of(centres, spec, self.device)  # by group
         self._open: dict[int, Sequence] = {}
         self._opened = 0
         self._listeners: list[Callable[[events.Event], None]] = []
@@ -172,12 +177,12 @@ class Cache:
         if self.active is not None:
             raise SequenceError("the cache is in the middle of a step; resize between steps")
         available = memory_available() + self.arena.held if self.device.type == "cpu" else self.arena.capacity
-        self._check_budget(memory, available)
+        check_budget(memory, available)
         if self.arena.held > memory:
-            pressure.defragment(self)
+            defragment(self)
         while self.arena.held > memory:
             evicted = [pressure.evict(self) for _ in range(16)]
-            pressure.defragment(self)
+            defragment(self)
             if not any(evicted) and self.arena.held > memory:
                 held = self.arena.held
                 raise BudgetError(
@@ -348,7 +353,7 @@ class Cache:
 
     def _root(self, salt: str, source: bytes | None) -> bytes:
         """What all keys of a text start from: rows depend on the source as well."""
-        root = root_key(self._weights, self.spec, salt)
+        root = root_key(self._weights, self.spec, salt, self._centred)
         return root if source is None else source_key(root, source)
 
     def _source(self, salt: str, source: bytes | None) -> Block | None:
@@ -366,15 +371,6 @@ class Cache:
             raise SequenceError("the source is not known here, or was evicted; fill the cache with its rows first")
         self.index.touch([found.key])
         return found
-
-    def _check_budget(self, budget: int, available: int) -> None:
-        if budget < 0:
-            raise UsageError(f"a cache of {budget} bytes: give a positive number")
-        if budget > available:
-            raise BudgetError(
-                f"a cache of {budget:,} bytes is more than the {available:,} that this machine has left; ask for less",
-                needed=budget, available=available,
-            )  # fmt: skip
 
     def make_room(self, wanted: dict[int, int], tables: int = 0) -> None:
         """See `pressure.make_room`."""

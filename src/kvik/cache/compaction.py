@@ -11,6 +11,7 @@ Where nobody else holds a lane's pages, its rows move within them: nothing is as
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,11 +20,10 @@ from numpy.typing import NDArray
 
 from kvik.cache.arena import Pages
 from kvik.cache.policy import Policy, apply
+from kvik.cache.reading import decoded
 from kvik.cache.seen import Seen
 from kvik.cache.table import Rows, Table
 from kvik.errors import BudgetError
-from kvik.ops import pages as paged
-from kvik.ops.codecs import unrotated
 from kvik.ops.reads import Kept
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ def _chosen(
         for layer, lanes in _layers(table):
             yield _seen(cache, sequence, table, observed, layer, lanes, positions[lanes], slots[lanes])
 
-    return apply(policy, seen())
+    # The open page stays as it is, so its rows count: what is chosen beside them keeps to the budget.
+    recent = policy.staying(len(sequence), table.group.page_size)
+    return apply(replace(policy, recent=recent), seen())
 
 
 def _layers(table: Table) -> list[tuple[int, slice]]:
@@ -92,19 +94,16 @@ def _seen(
     slots: Rows,
 ) -> Seen:
     group = table.group
-    view, where = cache.pages(group), torch.from_numpy(slots).to(cache.device)
-    rows = paged.rows(view, group.layout, group.page_size, where.reshape(-1))
-    streams = {
-        name: torch.unflatten(unrotated(group.layout, name, x), 0, where.shape).cpu() for name, x in rows.items()
-    }
+    streams = {n: x.cpu() for n, x in decoded(cache, sequence.tables.index(table), lanes, slots).items()}
     keys = torch.cat([streams[stream.name] for stream in group.layout.keys], dim=-1)
     values = streams[group.layout.value.name]
     queries = observed.queries(layer)
     mass = None if observed.mass is None else observed.mass[lanes].gather(1, _places(table, positions))
+    at = torch.from_numpy(positions.copy())
     return Seen(
         keys=keys,
         values=values,
-        positions=torch.from_numpy(positions.copy()),
+        positions=at,
         tokens=len(sequence),
         scale=observed.scale or keys.shape[-1] ** -0.5,
         queries=None if queries is None else queries[0],
@@ -112,6 +111,7 @@ def _seen(
         mass=mass,
         frequencies=None if group.frequencies is None else torch.tensor(group.frequencies, dtype=torch.float64),
         seed=observed.policy.seed,
+        repeated=None if observed.repeated is None else observed.repeated[lanes].gather(1, at.clamp(min=0)),
     )
 
 

@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from kvik.errors import BudgetError, UsageError
+
 _CGROUP, _MEMINFO, _OWN = Path("/sys/fs/cgroup"), Path("/proc/meminfo"), Path("/proc/self/cgroup")
 # (folder under the root, limit, use): control groups of version 2, and of version 1
 _FILES = (("", "memory.max", "memory.current"), ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"))
+
+
+def check_budget(budget: int, available: int) -> None:
+    """Raises UsageError or BudgetError where a cache can't have so many bytes."""
+    if budget < 0:
+        raise UsageError(f"a cache of {budget} bytes: give a positive number")
+    if budget > available:
+        raise BudgetError(
+            f"a cache of {budget:,} bytes is more than the {available:,} that this machine has left; ask for less",
+            needed=budget, available=available,
+        )  # fmt: skip
 
 
 def memory_available(cgroup: Path = _CGROUP, meminfo: Path = _MEMINFO, own: Path = _OWN) -> int:

@@ -44,8 +44,9 @@ class Needs(Flag):
     NOTHING = 0
     QUERIES = auto()  # queries of the last tokens: Seen.queries, Seen.asking
     MASS = auto()  # attention that each row received from every query so far: Seen.mass
-    PASS = auto()  # a pass of the model that repeats the prompt: Seen.repeated
+    PASS = auto()  # a pass of the model over the text, such as one that repeats it: Seen.repeated
     PAGES = auto()  # bounds of each page's keys, at every query: a way to read, which drops nothing (`cache/quest.py`)
+    FUTURE = auto()  # with PASS: of what comes after the prompt, which only an evaluation knows: no method for use
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ class Registry:
             if name in self.wrappers:
                 raise SpecError(f"{name!r} changes what a method scores; write '{name}(snapkv)'")
             if name not in self.methods:
-                raise SpecError(f"{name!r} is no method; use {one_of(name, self.methods)}")
+                offered = [each.name for each in self.methods.values() if Needs.FUTURE not in each.needs]
+                raise SpecError(f"{name!r} is no method; use {one_of(name, offered)}")
             return self.methods[name]
         if outer not in self.wrappers:
             raise SpecError(

@@ -8,6 +8,7 @@ A policy stands in a spec behind a `+`, where a window would stand:
     rkv:512rows,every:64          looked at every 64 positions: never more than 512 + 64
     pyramid(snapkv):25%           lower layers keep more; `ada`: lanes of a layer share; `global`: all lanes share
     ada(chunk(expected)):30%      runs of 20 positions stay or go together
+    global(kvzip):25%             as the model looks at them while it repeats the prompt, which the engine sees to
     quest:16pages                 nothing goes; each query after the prompt reads 16 pages of each lane
     h2o:25%,sinks:8,recent:64     the first 8 positions and the last 64 stay whatever they score (by default 4 and 32)
 
@@ -188,16 +189,17 @@ class Policy:
             return int(tokens * self.budget.amount // 100)
         return tokens if self.pages is not None else int(self.budget.amount)
 
-    def rows(self, tokens: int, prompt: int | None = None) -> int:
+    def rows(self, tokens: int, prompt: int | None = None, page_size: int = 1) -> int:
         """Rows a lane holds of a text of `tokens` tokens, on average, once settled: exact where the allocator uses its
         whole budget, never too few.
 
         Args:
             tokens: of the text.
             prompt: how many of them are the prompt; None = all.
+            page_size: of pages that stay whole while they are open.
         """
         fired = self.trigger.latest(tokens, tokens if prompt is None else prompt)
-        return tokens if fired is None else self._left(fired) + tokens - fired
+        return tokens if fired is None else self._left(fired, page_size) + tokens - fired
 
     def peak(self, tokens: int, prompt: int | None = None) -> int:
         """The most rows a lane holds, on average, at any time until `tokens` tokens are seen."""
@@ -208,9 +210,13 @@ class Policy:
         before = self.rows(fired - 1, prompt) + 1
         return max(before, self.rows(tokens, prompt), prompt if self.trigger.when is When.PROMPT else 0)
 
-    def _left(self, fired: int) -> int:
+    def staying(self, fired: int, page_size: int) -> int:
+        """How many last positions stay whatever they score: `recent`, and no fewer than the open page has."""
+        return max(self.recent, fired % page_size)
+
+    def _left(self, fired: int, page_size: int = 1) -> int:
         """Rows a lane holds at most when the trigger has fired."""
-        return min(fired, max(self.budget_at(fired), self.sinks + self.recent))
+        return min(fired, max(self.budget_at(fired), self.sinks + self.staying(fired, page_size)))
 
     def __str__(self) -> str:
         name = self.method if self.allocator == "uniform" else f"{self.allocator}({self.method})"

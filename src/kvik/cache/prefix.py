@@ -1,6 +1,6 @@
 """Finding what is already known: blocks of full pages under chained keys.
 
-    key(block i) = SHA-256( key(block i-1), its tokens )          key(root) = SHA-256( weights, spec, salt )
+    key(block i) = SHA-256( key(block i-1), its tokens )          key(root) = SHA-256( weights, spec, centres, salt )
 
 Every part is tagged and length-prefixed, so that no two different lists of parts give the same bytes. A hit also
 compares the tokens themselves.
@@ -31,15 +31,19 @@ def digest(**parts: bytes) -> bytes:
     return sha.digest()
 
 
-def root_key(weights: str, spec: Spec, salt: str) -> bytes:
+def root_key(weights: str, spec: Spec, salt: str, centres: str = "") -> bytes:
     """The parent of every first block. No block under another root can be found.
 
     Args:
         weights: names the weights, as they are held.
         spec: names what is stored, and its layout.
         salt: tenant, adapter content, encoder input: whatever else the rows depend on or must not be shared across.
+        centres: names what was subtracted from keys; "" = nothing was.
     """
-    return digest(kvik=b"block-1", weights=weights.encode(), spec=spec.fingerprint.encode(), salt=salt.encode())
+    return digest(
+        kvik=b"block-2", weights=weights.encode(), spec=spec.fingerprint.encode(), salt=salt.encode(),
+        centres=centres.encode(),
+    )  # fmt: skip
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:

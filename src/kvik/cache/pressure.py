@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvik import events
 from kvik.cache.books import bytes_in_use
 from kvik.cache.prefix import Block
+from kvik.cache.tidying import defragment
 from kvik.errors import BudgetError
 
 if TYPE_CHECKING:
@@ -67,19 +68,3 @@ def drop(cache: Cache, block: Block, groups: list[int]) -> bool:
         count += pages.size
     cache.emit(events.Evicted(block.start, block.start + len(block.tokens), count))
     return True
-
-
-def defragment(cache: Cache) -> None:
-    """Empties slabs by moving pages together, and rewrites every table."""
-    for page_bytes in cache.arena.classes:
-        moved = cache.arena.defragment(page_bytes)
-        if moved is None:
-            continue
-        for sequence in cache.sequences:
-            for table in sequence.tables:
-                if table.group.page_bytes == page_bytes:
-                    table.renumber(moved)
-        for block in cache.index:
-            for index, (group, pages) in enumerate(zip(cache.spec.groups, block.pages, strict=True)):
-                if group.page_bytes == page_bytes and pages is not None:
-                    block.pages[index] = moved[pages]

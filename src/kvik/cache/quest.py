@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
+from kvik.cache.reading import decoded
 from kvik.cache.spec import Group
 from kvik.cache.table import Table
-from kvik.ops import pages as paged
 from kvik.ops import quest
-from kvik.ops.codecs import unrotated
 from kvik.ops.reads import Select
 
 if TYPE_CHECKING:
@@ -33,15 +31,18 @@ def select_of(group: Group) -> Select | None:
     return Select(policy.pages, policy.sinks, policy.recent, sum(layer < dense for layer, _ in group.lanes))
 
 
-def learn(cache: Cache, table: Table, tokens: int) -> None:
-    """Works out the extremes of pages that are full, of a text of `tokens` tokens, and were not before."""
+def learn(cache: Cache, table: Table, number: int, tokens: int) -> None:
+    """Works out the extremes of pages that are full, of a text of `tokens` tokens, and were not before.
+
+    Args:
+        table: of the group of this number.
+    """
     assert table.extremes is not None, "asked only where queries choose"
-    group, size = table.group, table.group.page_size
-    each = max(AT_ONCE // (len(group.lanes) * size), 1)
+    lanes, size = len(table.group.lanes), table.group.page_size
+    each = max(AT_ONCE // (lanes * size), 1)
     for first in range(table.known, tokens // size, each):
         pages = table.pages[:, first : min(first + each, tokens // size)].astype(np.int64)
-        slots = torch.from_numpy((pages[..., None] * size + np.arange(size)).reshape(-1)).to(cache.device)
-        rows = paged.rows(cache.pages(group), group.layout, size, slots)["k"]
-        keys = unrotated(group.layout, "k", rows).view(*pages.shape, size, -1)
-        quest.put(table.extremes, first, quest.extremes(keys))
+        slots = (pages[..., None] * size + np.arange(size)).reshape(lanes, -1)
+        keys = decoded(cache, number, slice(0, lanes), slots)["k"]
+        quest.put(table.extremes, first, quest.extremes(keys.view(*pages.shape, size, -1)))
     table.known = max(table.known, tokens // size)

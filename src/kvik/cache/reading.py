@@ -1,4 +1,4 @@
-"""A layer's rows, decoded, for looking at."""
+"""Stored rows, decoded: for looking at, and for policies that look at keys and values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvik.cache.table import Rows
 from kvik.ops import pages as paged
 from kvik.ops.codecs import unrotated
 
@@ -18,25 +19,39 @@ if TYPE_CHECKING:
 
 def read(cache: Cache, sequence: Sequence, layer: int) -> dict[str, Tensor]:
     """See `Sequence.read`."""
-    size, found = cache.spec.page_size, []
+    found = []
     for part in cache.parts[layer]:
         table = sequence.tables[part.group]
         positions, slots = (each[part.lanes] for each in table.rows(len(sequence)))
-        layout, where = table.group.layout, torch.from_numpy(slots).to(cache.device)
-        stored = paged.rows(cache.pages(table.group), layout, size, where.reshape(-1))
-        rows = {name: torch.unflatten(x, 0, where.shape) for name, x in stored.items()}
-        found.append((part, positions, layout, rows))
-    every = np.unique(np.concatenate([positions.reshape(-1) for _, positions, _, _ in found]))
+        found.append((part, positions, decoded(cache, part.group, part.lanes, slots)))
+    every = np.unique(np.concatenate([positions.reshape(-1) for _, positions, _ in found]))
     every = every[every >= 0]
     out = {"positions": torch.from_numpy(every)}
     heads = sum(part.lanes.stop - part.lanes.start for part, *_ in found)
-    for part, positions, layout, rows in found:
+    for part, positions, rows in found:
         lanes, held = np.nonzero(positions >= 0)
         mine = np.arange(heads) if part.heads is None else np.array(part.heads)
         places = torch.from_numpy(np.searchsorted(every, positions[lanes, held]))
-        for name, turned in rows.items():
-            values = unrotated(layout, name, turned)
+        for name, values in rows.items():
             empty = values.new_full((heads, len(every), values.shape[-1]), torch.nan)
             stream = out.setdefault(name, empty)
             stream[torch.from_numpy(mine[lanes]), places] = values[torch.from_numpy(lanes), torch.from_numpy(held)]
     return out
+
+
+def decoded(cache: Cache, group: int, lanes: slice, slots: Rows) -> dict[str, Tensor]:
+    """Some lanes' rows as they were appended, but for what their codecs lost.
+
+    Args:
+        group: its number.
+        lanes: which of the group's.
+        slots: int64 [L, n], for each of these lanes.
+
+    Returns:
+        f32 [L, n, W] by stream.
+    """
+    of, where = cache.spec.groups[group], torch.from_numpy(slots).to(cache.device)
+    stored = paged.rows(cache.pages(of), of.layout, of.page_size, where.reshape(-1))
+    rows = {name: torch.unflatten(unrotated(of.layout, name, x), 0, where.shape) for name, x in stored.items()}
+    centre = cache.centres[group]
+    return rows if centre is None else {**rows, "k": rows["k"] + centre[lanes].unsqueeze(1)}

@@ -140,7 +140,7 @@ class Relative:
             )
         found = self._over_far(lanes, self._far.of(q), scale, softcap, want_mass)
         if self._near is None:
-            return found if want_lse else replace(found, lse=None)
+            return found if want_lse else Partial(found.out, None, found.mass)
         near, plan = self._near
         before = plan.attend(lanes, near.of(q), scale=scale, softcap=softcap, want_lse=want_lse, want_mass=want_mass)
         return self._joined(len(q), before, found, want_lse)
@@ -151,15 +151,13 @@ class Relative:
 
     def _over_far(self, lanes: slice, q: Tensor, scale: float, softcap: float | None, want_mass: bool) -> Partial:
         """Attention of the far tokens, masses member by member of the step."""
-        asks = q, pointwise.turn(q.clone(), self._back)
-        window, sinks = (
-            plan.attend(lanes, asked, scale=scale, softcap=softcap, want_lse=True)
-            for plan, asked in zip((self._window, self._sinks), asks, strict=True)
-        )
+        back = pointwise.turn(q.clone(), self._back)
+        window = self._window.attend(lanes, q, scale=scale, softcap=softcap, want_lse=True)
+        sinks = self._sinks.attend(lanes, back, scale=scale, softcap=softcap, want_lse=True)
         found = merge(window, sinks)
         if not want_mass or found.lse is None:
             return found
-        return replace(found, mass=self._masses(lanes, asks, found.lse, scale, softcap))
+        return Partial(found.out, found.lse, self._masses(lanes, (q, back), found.lse, scale, softcap))
 
     def _masses(
         self, lanes: slice, asks: tuple[Tensor, Tensor], lse: Tensor, scale: float, softcap: float | None

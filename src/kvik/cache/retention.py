@@ -37,10 +37,10 @@ class Retention:
         """Distances that a query can see are below this, whatever the text's length; None = nothing bounds them."""
         return self.window + self.sinks if self.relative and self.window is not None else None
 
-    def rows(self, tokens: int) -> int:
-        """Rows kept of a text of `tokens` tokens, on average over lanes."""
+    def rows(self, tokens: int, prompt: int | None = None, page_size: int = 1) -> int:
+        """Rows kept of a text of `tokens` tokens, on average over lanes; see `Policy.rows`."""
         if self.policy is not None:
-            return self.policy.rows(tokens)
+            return self.policy.rows(tokens, prompt, page_size)
         return tokens if self.window is None else min(tokens, self.window + self.sinks)
 
     def live_pages(self, tokens: int, page_size: int) -> list[int]:
@@ -56,6 +56,18 @@ class Retention:
         first = (tokens - self.window) // page_size
         sinks = min(-(-self.sinks // page_size), first)
         return [*range(sinks), *range(first, end)]
+
+    def pages(self, tokens: int, page_size: int) -> int:
+        """How many pages are live, without a list of them: a plan asks for texts of any length.
+
+        >>> Retention(window=64, sinks=4).pages(200, 32), Retention().pages(10**12, 32)
+        (4, 31250000000)
+        """
+        end = -(-tokens // page_size)
+        if self.window is None or tokens <= self.window + self.sinks:
+            return end
+        first = (tokens - self.window) // page_size
+        return end - first + min(-(-self.sinks // page_size), first)
 
     def __str__(self) -> str:
         if self.policy is not None:

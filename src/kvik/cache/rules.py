@@ -94,6 +94,11 @@ class Rule:
         if policy is not None and policy.pages is not None and "k" not in dict(shape.streams):
             have = " and ".join(n for n, _ in shape.streams)
             raise SpecError(f"{policy}: this model keeps {have}, no keys to choose pages by; use another method")
+        if policy is not None and shape.biased and policy.needs & (Needs.QUERIES | Needs.PAGES):
+            raise SpecError(
+                f"{policy}: it weighs rows by queries and keys alone, and distance adds to this model's scores, which "
+                "it would not see; use 'h2o' or 'observed', which add up attention itself, or a method of keys"
+            )
         own, asked = shape.window, self.retention.window
         if own is None or (asked is not None and asked < own):
             return self.retention
@@ -153,7 +158,24 @@ def _selected(part: str, text: str) -> Rule:
 
 def _rule(part: str, text: str) -> Rule:
     codec, plus, kept = part.partition("+")
-    return Rule(_codecs(codec.strip(), text), _retention(kept, text) if plus else Retention())
+    try:
+        codecs = _codecs(codec.strip(), text)
+    except SpecError:
+        if plus or not _keeps(codec.strip()):
+            raise
+        raise SpecError(
+            f"spec {text!r}: {codec!r} says which rows stay, and not how they are stored; put a codec in front, as in "
+            f"'int8+{codec}'"
+        ) from None
+    return Rule(codecs, _retention(kept, text) if plus else Retention())
+
+
+def _keeps(part: str) -> bool:
+    """Whether it reads as a retention."""
+    try:
+        return bool(_retention(part, part))
+    except SpecError:
+        return False
 
 
 def _codecs(part: str, text: str) -> tuple[tuple[str, Codec], ...]:
@@ -195,7 +217,7 @@ def _retention(part: str, text: str) -> Retention:
                 f"spec {text!r}: 'relative' places sinks before a window, and rows that stay otherwise keep their own "
                 "positions; write 'window:1024,sinks:4,relative', or leave it out"
             )
-        return Retention(policy=_policy(part.strip(), text))
+        return Retention(policy=Policy.parse(part.strip(), text))
     for item in items:
         name, _, number = (piece.strip() for piece in item.partition(":"))
         if name not in ("window", "sinks"):
@@ -211,16 +233,6 @@ def _retention(part: str, text: str) -> Retention:
             f"spec {text!r}: sinks alone keep almost nothing; add a window, as in 'window:1024,sinks:{values['sinks']}'"
         )
     return Retention(values["window"], values.get("sinks", 0), relative=relative)
-
-
-def _policy(part: str, text: str) -> Policy:
-    policy = Policy.parse(part, text)
-    if Needs.PASS in policy.needs:
-        raise SpecError(
-            f"spec {text!r}: no cache runs {policy.method!r} yet, so nothing would leave; use a method that drops rows "
-            "by what it has seen, such as 'snapkv:25%' or 'keydiff:1024rows'"
-        )
-    return policy
 
 
 def _page_size(number: str, text: str) -> int:

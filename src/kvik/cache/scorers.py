@@ -17,6 +17,7 @@ and recent rows are protected elsewhere (`cache/policy.py`), how many rows each 
 | rkv      | the last 8 queries, keys                   | attention, less what other keys repeat                      |
 | kvzip    | a pass of the model that repeats the text  | the most attention received                                 |
 | quest    | every query, page bounds                   | nothing: it chooses what a query reads (`cache/quest.py`)   |
+| oracle   | what comes after: in evaluations only      | the attention that rows will really receive: the bound      |
 
 `chunk(method)` keeps or drops runs of 20 positions together.
 
@@ -193,6 +194,14 @@ def kvzip(seen: Seen) -> Tensor:
     return seen.repeated
 
 
+@scorer("oracle", needs=Needs.PASS | Needs.FUTURE)
+def oracle(seen: Seen) -> Tensor:
+    """The attention that each row will really receive: what no method can know, and none can beat by much. Only an
+    evaluation, which has the whole text, can show it (`eval/oracle.py`)."""
+    assert seen.repeated is not None
+    return seen.repeated
+
+
 def recalled(seen: Seen) -> Tensor:
     """The most attention that each row received from the observed queries of any head: f32 [L, n] (KVzip,
     arXiv:2505.23416).
@@ -202,8 +211,22 @@ def recalled(seen: Seen) -> Tensor:
     `Seen.repeated`.
     """
     packed, order = seen.packed()
-    best = torch.stack([w.amax((1, 2)) for w in weigh.weights(packed)]).amax(0)
-    return best.new_empty(best.shape).scatter_(1, order, best)
+    assert packed.queries is not None and packed.asking is not None, "no queries were observed"
+    held, positions, keys = packed.held, packed.positions, packed.keys.mT
+    best = torch.zeros_like(positions, dtype=torch.float32)
+    # A whole chunk asks, so this is as much work as attention: in blocks that fit a processor's cache.
+    step = max(1, (weigh.ROOM >> 5) // max(1, positions.numel() * packed.queries.shape[2]))
+    for queries, asking in zip(torch.split(packed.queries, step), torch.split(packed.asking, step), strict=True):
+        least, most = asking.min(), asking.max()  # columns that all of the block see, and that any of it does
+        sure, end = int((held & (positions <= least)).sum(1).min()), int((held & (positions <= most)).sum(1).max())
+        scores = (queries * packed.scale).permute(1, 2, 0, 3).flatten(1, 2) @ keys[..., :end]
+        hidden = ~held[:, None, sure:end] | (positions[:, None, sure:end] > asking[:, None])
+        hidden = hidden.repeat(1, queries.shape[2], 1)
+        scores[..., sure:].masked_fill_(hidden, -torch.inf)
+        weights = scores.softmax(-1)
+        weights[..., sure:].masked_fill_(hidden, 0)
+        torch.maximum(best[:, :end], weights.amax(1), out=best[:, :end])
+    return torch.zeros_like(best).scatter_(1, order, best)
 
 
 @wrapper("chunk")

@@ -33,8 +33,8 @@ class Seen:
         mass: f32 [L, n]: attention that each row received so far, summed over queries and G; None = not observed.
         frequencies: f64 [D/2], radians a position: the rotation of neighbouring pairs (2i, 2i+1); None = not rotary.
         seed: for what is random; each layer its own.
-        repeated: f32 [L, n]: the most attention that each row received while the text was repeated
-            (`scorers.recalled`); None = there was no such pass.
+        repeated: f32 [L, n]: what a pass of the model found of each row, such as the most attention that it received
+            while the text was repeated (`scorers.recalled`); None = there was no such pass.
     """
 
     keys: Tensor

@@ -20,13 +20,17 @@ from torch import Tensor
 
 from kvik import events
 from kvik.cache.compaction import compress
+from kvik.cache.methods import Needs
 from kvik.cache.observed import Observed
+from kvik.cache.policy import Policy
 from kvik.cache.prefix import Block, block_key
 from kvik.cache.quest import learn
 from kvik.cache.reading import read
 from kvik.cache.spec import Bytes
 from kvik.cache.table import Table
+from kvik.cache.tidying import tidy
 from kvik.errors import SequenceError
+from kvik.ops.layout import MOST_POSITIONS
 
 if TYPE_CHECKING:
     from kvik.cache.cache import Cache
@@ -97,6 +101,17 @@ class Sequence:
         self._check()
         return self.cache.fork(self)
 
+    def aside(self) -> Sequence:
+        """A fork to look from: no policy chooses in it, its queries read everything, and nothing of it is ever
+        published. Close it.
+
+        Raises:
+            BudgetError: the tables don't fit.
+        """
+        twin = self.fork()
+        twin.prompt, twin._publishes, twin._observed = MOST_POSITIONS, False, [None] * len(self.tables)
+        return twin
+
     def trim(self, length: int) -> None:
         """Forgets all tokens from position `length` on.
 
@@ -132,6 +147,10 @@ class Sequence:
 
         Args:
             accepted: how many of the tokens appended since the last settle stay; the rest leave no trace. None = all.
+
+        Raises:
+            SequenceError: a policy chooses here by a pass of the model that nobody has made; nothing changed.
+            BudgetError: others hold pages of rows that stay, and there is no room to move those elsewhere.
         """
         self._check()
         if accepted is not None:
@@ -140,14 +159,17 @@ class Sequence:
                 raise SequenceError(
                     f"settle({accepted}): {pending} tokens were appended since the last settle; give 0 to {pending}"
                 )
-            self.trim(self._settled + accepted)
-        self._settled = len(self.tokens)
+        end = len(self.tokens) if accepted is None else self._settled + accepted
+        self._check_shown(end)
+        if accepted is not None:
+            self.trim(end)
+        self._settled = end
         self._publish()
         self._drop()
         self._compress()
-        for table in self.tables:
+        for number, table in enumerate(self.tables):
             if table.group.chooses:
-                learn(self.cache, table, len(self.tokens))
+                learn(self.cache, table, number, len(self.tokens))
 
     def close(self) -> None:
         """Gives every page back; the one place where that happens. Idempotent."""
@@ -200,6 +222,7 @@ class Sequence:
                 self._floor = len(self.tokens)
         if dropped:
             self.cache.emit(events.Dropped(self.number, len(self.tokens), dropped))
+            tidy(self.cache)
 
     @property
     def next_trigger(self) -> int | None:
@@ -213,22 +236,78 @@ class Sequence:
         ]
         return min(found, default=None)
 
+    def asking(self, at: int | None = None) -> dict[int, Policy]:
+        """Groups whose policies choose when the sequence settles at position `at`, and must be shown a pass of the
+        model over its tokens before that (`remember`).
+
+        Args:
+            at: its end, or a later position; None = its end.
+        """
+        at, found = len(self.tokens) if at is None else at, {}
+        for group, (table, observed) in enumerate(zip(self.tables, self._observed, strict=True)):
+            if observed is None or observed.repeated is None or observed.repeated.shape[1] >= at:
+                continue
+            if observed.policy.fires(at, self.prompt or None, self._held(table, at)):
+                found[group] = observed.policy
+        return found
+
+    def remembered(self, group: int) -> int:
+        """Of how many first positions a group's policy has been shown a pass."""
+        observed = self._observed[group]
+        return 0 if observed is None or observed.repeated is None else observed.repeated.shape[1]
+
+    def remember(self, group: int, received: Tensor, start: int = 0) -> None:
+        """Shows a group's policy what a pass of the model over the tokens has found of their rows.
+
+        Args:
+            group: index in the spec's groups; one whose policy asks for a pass.
+            received: f32 [lanes, positions]: of each row from `start` to the sequence's end, higher stays.
+            start: first position; what was remembered before it stands.
+        """
+        self._check()
+        observed, wanted = self._observed[group], (len(self.tables[group].pages), len(self.tokens) - start)
+        if observed is None or observed.repeated is None:
+            raise SequenceError(f"group {group} has no policy that asks for a pass; remember nothing for it")
+        if not 0 <= start <= observed.repeated.shape[1] or tuple(received.shape) != wanted:
+            raise SequenceError(
+                f"remember: got {tuple(received.shape)} from position {start} on, needs (lanes, positions) = {wanted} "
+                f"from a position up to {observed.repeated.shape[1]}"
+            )
+        observed.remember(received, start)
+
     def _compress(self) -> None:
         gone = 0
         for table, observed in zip(self.tables, self._observed, strict=True):
             if observed is None:
                 continue
             observed.settle()
-            held = int(table.held(len(self.tokens))[1].sum()) / max(len(table.pages), 1)
+            held = self._held(table, len(self.tokens))
             if observed.policy.fires(len(self.tokens), self.prompt or None, held):
                 gone += compress(self.cache, self, table, observed)
         if gone:
             self._floor, self._publishes = len(self.tokens), False
             self.cache.emit(events.Compressed(self.number, len(self.tokens), gone))
+            tidy(self.cache)
+
+    def _held(self, table: Table, at: int) -> float:
+        """Rows a lane holds, on average over a group's, at position `at`, its end or later."""
+        end = len(self.tokens)
+        return int(table.held(min(at, end))[1].sum()) / max(len(table.pages), 1) + max(at - end, 0)
+
+    def _check_shown(self, at: int) -> None:
+        for policy in self.asking(at).values():
+            what, who = "a pass of the model over the text", "kvik.engine.generation.prefill makes it"
+            if Needs.FUTURE in policy.needs:
+                what, who = "what comes after", "it is for 'kvik eval' alone"
+            raise SequenceError(
+                f"settling at position {at}: {policy} chooses by {what}, which it has not been shown; {who}"
+            )
 
     def _check_trim(self, length: int) -> None:
         for observed in self._observed:
-            if observed is not None and observed.mass is not None and length < len(self.tokens):
+            if length in (len(self.tokens), self._settled):  # what is pending goes as a whole
+                break
+            if observed is not None and observed.mass is not None:
                 raise SequenceError(
                     f"trim to {length}: under {observed.policy} every query has left its mark on the rows before it, "
                     "which can't be taken back; open a new sequence"

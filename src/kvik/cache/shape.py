@@ -18,6 +18,7 @@ class LayerShape:
         source: its rows are a source's (cross-attention): given once, seen by every token, the same for all who ask
             about that source. Such layers come after all others.
         reads: it keeps nothing of its own and reads what this earlier layer keeps (arXiv:2405.12981); None = its own.
+        biased: distance alone adds to its scores (T5, ALiBi), so that queries and keys don't say what attention is.
     """
 
     heads: int
@@ -26,3 +27,4 @@ class LayerShape:
     frequencies: tuple[float, ...] | None = None
     source: bool = False
     reads: int | None = None
+    biased: bool = False

@@ -19,38 +19,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from kvik.cache import sizes
 from kvik.cache.retention import Retention
 from kvik.cache.rules import PAGE_SIZE, Rule, parse_rules
 from kvik.cache.shape import LayerShape
+from kvik.cache.sizes import TABLE_BYTES, Bytes
 from kvik.errors import SpecError
 from kvik.ops.layout import MOST_POSITIONS, RowLayout, extremes_bytes
 
 __all__ = ["PAGE_SIZE", "TABLE_BYTES", "Bytes", "Group", "LayerShape", "Rule", "Spec", "parse_rules"]
-
-TABLE_BYTES = 4  # a page table's entry
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Three figures whose sum is exact.
-
-    Attributes:
-        payload: codes of the kept rows, by the formula Σ lanes · rows · widths · bits / 8.
-        overhead: scales, page tables (they hold the positions), open slots, rounding to pages; of a whole cache, also
-            rounding to slabs.
-        allocated: payload + overhead.
-    """
-
-    payload: int
-    overhead: int
-
-    @property
-    def allocated(self) -> int:
-        """What is really held: payload + overhead."""
-        return self.payload + self.overhead
-
-    def __add__(self, other: Bytes) -> Bytes:
-        return Bytes(self.payload + other.payload, self.overhead + other.overhead)
 
 
 @dataclass(frozen=True)
@@ -92,28 +69,13 @@ class Group:
         extremes = len(self.lanes) * extremes_bytes(columns, self.key_width) if self.chooses else 0
         return (len(self.lanes) + 1) * columns * TABLE_BYTES + extremes
 
-    def kept_pages(self, tokens: int) -> int:
-        """Pages of rows that a policy kept, a lane on average, of a text of `tokens` tokens; 0 while none has left."""
-        rows, still = min(self.retention.rows(tokens), tokens), tokens % self.page_size
-        return 0 if self.retention.policy is None or rows == tokens else -(-max(rows - still, 0) // self.page_size)
+    def rows(self, tokens: int, prompt: int | None = None) -> int:
+        """Rows that a lane holds of a text of `tokens` tokens, on average, once settled; see `Policy.rows`."""
+        return self.retention.rows(tokens, prompt, self.page_size)
 
-    def pages(self, tokens: int) -> int:
-        """Pages that all lanes hold for a text of `tokens` tokens, once settled; under a policy to one page a lane."""
-        if kept := self.kept_pages(tokens):
-            return len(self.lanes) * (kept + (tokens % self.page_size > 0))
-        return len(self.lanes) * len(self.retention.live_pages(tokens, self.page_size))
-
-    def nbytes(self, tokens: int) -> Bytes:
-        """Bytes of one sequence of `tokens` tokens, or of a source of so many rows, once settled: pages, and the table
-        that finds them."""
-        payload = len(self.lanes) * self.retention.rows(tokens) * self.layout.payload_bits // 8
-        columns, kept = self.pages(tokens) // len(self.lanes), self.kept_pages(tokens)
-        if self.source:  # all are kept rows: lane by lane pages, a count, and positions
-            table = len(self.lanes) * (columns + 1 + columns * self.page_size) * TABLE_BYTES
-        else:
-            table = self.table_bytes(columns) + len(self.lanes) * kept * self.page_size * TABLE_BYTES
-        held = columns * len(self.lanes) * self.page_bytes + table
-        return Bytes(payload, held - payload)
+    def nbytes(self, tokens: int, prompt: int | None = None, *, settled: bool = True) -> Bytes:
+        """Bytes of one sequence of `tokens` tokens, or of a source of so many rows; see `sizes.group_bytes`."""
+        return sizes.group_bytes(self, tokens, prompt, settled=settled)
 
     def __str__(self) -> str:
         streams = ", ".join(f"{s.name}[{s.width}] {s.codec.name}" for s in self.layout.streams)
@@ -162,14 +124,25 @@ class Spec:
         """Whether some rows are a source's."""
         return any(group.source for group in self.groups)
 
-    def nbytes(self, tokens: int, batch: int = 1, source: int = 0) -> Bytes:
-        """Bytes of `batch` sequences of `tokens` tokens each, once settled.
+    def nbytes(
+        self, tokens: int, batch: int = 1, *, source: int = 0, prompt: int | None = None, settled: bool = True
+    ) -> Bytes:
+        """Bytes of `batch` sequences of `tokens` tokens each; see `Group.nbytes`.
 
         Args:
             source: rows of the source that each reads, where the model reads one.
         """
-        each = sum((group.nbytes(source if group.source else tokens) for group in self.groups), Bytes(0, 0))
+        found = [
+            group.nbytes(source) if group.source else group.nbytes(tokens, prompt, settled=settled)
+            for group in self.groups
+        ]
+        each = sum(found, Bytes(0, 0))
         return Bytes(batch * each.payload, batch * each.overhead)
+
+    def peak(self, tokens: int, prompt: int | None = None) -> Bytes:
+        """The most bytes of one sequence on its way to `tokens` tokens, settled after each: at the first row of a page,
+        or where a policy is about to choose, or has chosen: positions of kept rows take some too."""
+        return sizes.peak(self, tokens, prompt)
 
     def longest(self, positions: int) -> int:
         """The most tokens that a sequence can have, of a model that was made for `positions`: only where every group is

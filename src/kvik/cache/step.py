@@ -42,6 +42,7 @@ class Step:
         self._columns: list[list[int]] = []
         self._observers: dict[int, bool] = {}  # groups whose policies look on; whether they need attention mass
         self._done: set[int] = set()
+        self._shown: set[tuple[int, int]] = set()  # (layer, group) whose queries a policy has seen
         self._used = False
         self._check()
 
@@ -193,7 +194,11 @@ class Step:
         return found
 
     def _show(self, owner: int, layer: int, part: Part, q: Tensor, scale: float, found: Partial) -> None:
-        """Lets the policies of a group see their sequences' queries, and what these gave to rows."""
+        """Lets the policies of a group see their sequences' queries, and what these gave to rows: the first time that a
+        layer attends. Whoever asks again only looks (`bench/counting.py`)."""
+        if (layer, part.group) in self._shown:
+            return
+        self._shown.add((layer, part.group))
         first = 0
         for index, (sequence, chunk) in enumerate(zip(self.sequences, self.chunks, strict=True)):
             observed = sequence._observed[part.group]
@@ -258,5 +263,12 @@ class Step:
             extremes = table.extremes if start >= sequence.prompt else None  # a prompt's queries read everything
             members.append(Member(table.pages, table.logical, start, len(chunk), table.kept, extremes))
         retention = group.retention
-        members_ = tuple(members)
-        return Reads(group.layout, group.page_size, retention.window, retention.sinks, members_, select_of(group))
+        return Reads(
+            group.layout,
+            group.page_size,
+            retention.window,
+            retention.sinks,
+            tuple(members),
+            centre=self.cache.centres[index],
+            select=select_of(group),
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor
 from kvik.cache import weigh
 from kvik.cache.seen import Seen
 from kvik.errors import SpecError
+
+
+def check_turned(frequencies: Sequence[float] | Tensor | None) -> None:
+    """Raises SpecError where positions don't turn queries and keys: every lane would look equally far."""
+    if frequencies is None:
+        raise SpecError("lanes can't be told apart by distance: this model's positions don't turn its keys (no rotary)")
 
 
 def far_sight(seen: Seen, *, span: int = 500) -> Tensor:
@@ -26,10 +33,10 @@ def far_sight(seen: Seen, *, span: int = 500) -> Tensor:
         span: positions that the means are repeated over.
 
     Raises:
-        SpecError: the model's positions don't turn queries and keys, so that every lane would score the same.
+        SpecError: see `check_turned`.
     """
-    if seen.frequencies is None:
-        raise SpecError("lanes can't be told apart by distance: this model's positions don't turn its keys (no rotary)")
+    check_turned(seen.frequencies)
+    assert seen.frequencies is not None, "that was checked"
     packed, _ = seen.packed()
     assert packed.queries is not None and packed.asking is not None, "no queries were observed"
     back = weigh.turns(seen.frequencies, -packed.asking)[:, None, None]

@@ -33,14 +33,11 @@ app = typer.Typer(
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="smollm2, a safetensors folder, a .gguf file, or a hub id.")
 ]
-KvOption = Annotated[
-    str,
-    typer.Option(
-        "--kv",
-        help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …, or tuned; "
-        "int8+window:1024,sinks:4,relative goes on past the model's context.",
-    ),
-]
+KV_HELP = (
+    "What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4, int8+snapkv:25% …; "
+    "int8+window:1024,sinks:4,relative goes on past the model's context"
+)
+KvOption = Annotated[str, typer.Option("--kv", help=f"{KV_HELP}; tuned.")]
 WeightsOption = Annotated[str, typer.Option("--weights", help="How weights are held: auto, f32, bf16, int8 or int4.")]
 ShareOption = Annotated[
     str | None,
@@ -75,12 +72,18 @@ def stdin() -> TextIO:
     return sys.stdin
 
 
-def check_spec(kv: str, *, allow_none: bool) -> None:
-    """Complains about a wrong spec before the model is loaded."""
+def check_spec(kv: str, *, allow_none: bool, evaluates: bool = False) -> None:
+    """Complains about a wrong spec before the model is loaded; about an oracle wherever nothing is evaluated."""
     from kvik.cache.spec import parse_rules
 
-    if not (allow_none and kv == "none") and kv != "tuned":  # what was tuned is known once the model is
-        parse_rules(kv)
+    if (allow_none and kv == "none") or kv == "tuned":  # what was tuned is known once the model is
+        return
+    policies = [rule.retention.policy for rule in parse_rules(kv)[0]]
+    for policy in policies if not evaluates else ():
+        if policy is not None:
+            from kvik.engine.reread import refuse_foresight
+
+            refuse_foresight(policy)
 
 
 def check_share(rule: str | None) -> None:
@@ -107,8 +110,13 @@ def progress() -> Iterator[Show]:
         yield show
 
 
-def load_model(model: str, weights: str, device: str, share: str | None = None) -> Model:
-    """Loads with a progress bar where there is something to prepare. Says so if the kernels were not built."""
+def load_model(model: str, weights: str, device: str, share: str | None = None, *, reads: bool = False) -> Model:
+    """Loads with a progress bar where there is something to prepare. Says so if the kernels were not built.
+
+    Args:
+        share: layers read the rows of others, by a rule of `cache/sharing.py`.
+        reads: whether the command knows models that read a source beside their text.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(
@@ -127,6 +135,10 @@ def load_model(model: str, weights: str, device: str, share: str | None = None) 
         from kvik.models.model import load
 
         loaded = load(model, weights=weights, device=device, share=share, progress=show)  # type: ignore[arg-type]
+    if loaded.reading is not None and not reads:
+        raise UsageError(
+            f"{loaded.config.name} answers a source and continues no text; this command can't, use kvik run"
+        )
     if device == "cpu":
         _tell_of_missing_kernels()
     return loaded

@@ -50,6 +50,9 @@ def evaluate(
         str, typer.Option(help="prompt: the prefix goes in as a prompt; stream: all in small chunks.")
     ] = "prompt",
     needles: Annotated[bool, typer.Option("--needles", help="Also hide keys in long texts, and ask for them.")] = False,
+    no_baselines: Annotated[
+        bool, typer.Option("--no-baselines", help="Don't hold policies against chance and an oracle.")
+    ] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw bytes against KL into this .png or .svg file.")] = None,
     map_: Annotated[Path | None, typer.Option("--map", help="Draw which rows stayed.")] = None,
     needle_plot: Annotated[Path | None, typer.Option(help="Draw which keys were found, by depth and length.")] = None,
@@ -64,7 +67,7 @@ def evaluate(
     """
     wanted = specs or defaults(prefix)
     for kv in wanted:
-        check_spec(kv, allow_none=False)
+        check_spec(kv, allow_none=False, evaluates=True)
     check_share(share)
     check_sizes(prefix=prefix, scored=scored, documents=documents)
     _check(protocol, needles, plot, map_, needle_plot, resume)
@@ -79,8 +82,8 @@ def evaluate(
     with progress() as show:
         found = measure(
             loaded, encoded(loaded, source), wanted, prefix=prefix, scored=scored, documents=documents,
-            protocol="stream" if protocol == "stream" else "prompt", needles=needles, ledger=ledger,
-            against=plain, mark="" if share is None else f"share {share}",
+            protocol="stream" if protocol == "stream" else "prompt", needles=needles,
+            baselines=not no_baselines, ledger=ledger, against=plain, mark="" if share is None else f"share {share}",
             name=model_name(model), text=text_name(text), show=show,
         )  # fmt: skip
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvik.cli.common import JsonOption, ShareOption, app, check_share, stdout
+from kvik.cli.common import KV_HELP, JsonOption, ShareOption, app, check_share, stdout
 from kvik.errors import UsageError
 
 
@@ -17,10 +17,11 @@ def plan(
         str | None, typer.Argument(help="A well-known name (see --list), a config.json, a .gguf file, or a hub id.")
     ] = None,
     context: Annotated[int | None, typer.Option(help="Tokens a sequence; by default the model's own context.")] = None,
+    source: Annotated[
+        int | None, typer.Option(help="Rows of the source that each reads, of a model that reads one.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    kv: Annotated[
-        str, typer.Option("--kv", help="What the cache keeps: f16, int8, k8v4, int4+window:1024,sinks:4 …")
-    ] = "f16",
+    kv: Annotated[str, typer.Option("--kv", help=f"{KV_HELP}.")] = "f16",
     weights: Annotated[
         str | None, typer.Option("--weights", help="How weights are held: f32, bf16, int8 or int4.")
     ] = None,
@@ -37,8 +38,10 @@ def plan(
     if show_list == (model is not None):
         raise UsageError("plan: name one model, such as 'kvik plan smollm2', or give --list")
     if model is None:
-        if context is not None or batch != 1 or memory is not None or share is not None:
-            raise UsageError("plan --list takes no --context, --batch, --memory or --share; name a model to use them")
+        if any(given is not None for given in (context, source, memory, share)) or batch != 1:
+            raise UsageError(
+                "plan --list takes no --context, --source, --batch, --memory or --share; name a model to use them"
+            )
         plans = list_plans(kv, weights)
         if as_json:
             print(json.dumps([each.to_dict() for each in plans], indent=2))
@@ -46,7 +49,9 @@ def plan(
             render_list(plans, stdout())
         return
     check_share(share)
-    result = run_plan(model, context=context, batch=batch, kv=kv, weights=weights, memory=memory, share=share)
+    result = run_plan(
+        model, context=context, batch=batch, kv=kv, weights=weights, memory=memory, source=source, share=share
+    )
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:

@@ -9,6 +9,7 @@ import typer
 
 from kvik.cli.common import (
     INTERRUPTED,
+    KV_HELP,
     DeviceOption,
     JsonOption,
     KvOption,
@@ -41,16 +42,11 @@ if TYPE_CHECKING:
 
 @app.command()
 def run(
-    prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads it from standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(help="What to say to the model, or to translate; - reads it from standard input.")
+    ],
     model: ModelOption = "smollm2",
-    kv: Annotated[
-        str,
-        typer.Option(
-            "--kv",
-            help="What the cache keeps: bf16, int8, k8v4, int4+window:1024,sinks:4 …, or tuned; "
-            "int8+window:1024,sinks:4,relative goes on past the model's context; none = recompute all.",
-        ),
-    ] = "bf16",
+    kv: Annotated[str, typer.Option("--kv", help=f"{KV_HELP}; tuned; none = recompute all.")] = "bf16",
     weights: WeightsOption = "auto",
     device: DeviceOption = "cpu",
     share: ShareOption = None,
@@ -74,10 +70,10 @@ def run(
     if kv == "none" and memory is not None:
         raise UsageError("--kv none keeps no cache, so --memory has nothing to bound; leave one of the two out")
     text = stdin().read() if prompt == "-" else prompt
-    loaded = load_model(model, weights, device, share)
-    from kvik.engine.generation import Generation, Request, encode_prompt
+    loaded = load_model(model, weights, device, share, reads=True)
+    from kvik.engine.generation import Generation, ask, opened
 
-    request = Request(encode_prompt(loaded, text, raw=raw), max_tokens, tuple(stop or ()), sampling)
+    request = ask(loaded, text, raw=raw, max_tokens=max_tokens, stop=tuple(stop or ()), sampling=sampling)
     if kv == "none":
         generation = Generation(loaded, request, None)
         spec = None
@@ -85,7 +81,7 @@ def run(
     else:
         spec = loaded.spec(kv)
         cache = loaded.cache(kv, memory=room, shares=False)
-        with cache.open() as sequence:
+        with opened(loaded, cache, request) as sequence:
             generation = Generation(loaded, request, sequence)
             _answer(generation, quiet=as_json)
             generation.nbytes = cache.nbytes  # one sequence owns it all: slabs and all
@@ -152,11 +148,14 @@ def _answer(generation: Generation, *, quiet: bool) -> None:
 
 
 def _facts(model: Model, generation: Generation, spec: Spec | None, kept: int) -> dict[str, object]:
-    held = generation.nbytes
+    from kvik.eval.caches import rows_held
+
+    held, source = generation.nbytes, len(generation.request.source or ())
     return {
         "text": generation.text,
         "token_ids": generation.token_ids,
         "prompt_tokens": len(generation.request.prompt),
+        "source_tokens": source,
         "cached_tokens": generation.cached_tokens,
         "new_tokens": len(generation.token_ids),
         "finish_reason": generation.finish_reason,
@@ -164,8 +163,11 @@ def _facts(model: Model, generation: Generation, spec: Spec | None, kept: int) -
         "ttft_s": round(generation.ttft_s, 4),
         "tokens_per_s": round(generation.tokens_per_s, 2),
         "kv_tokens": kept,
+        "kv_rows": 0 if spec is None else round(rows_held(spec, kept, held.payload), 2),
         "kv_bytes": held.payload,
-        "kv_bytes_formula": 0 if spec is None else spec.nbytes(kept).payload,
+        "kv_bytes_formula": 0
+        if spec is None
+        else spec.nbytes(kept, prompt=len(generation.request.prompt), source=source).payload,
         "kv_overhead_bytes": held.overhead,
         "kv_allocated_bytes": held.allocated,
         "spec": "none" if spec is None else str(spec),
@@ -180,15 +182,21 @@ def _show_facts(facts: dict[str, Any], model: Model, spec: Spec | None) -> None:
     from kvik.units import format_bytes
 
     console = stderr()
+    source, begun = facts["source_tokens"], facts["prompt_tokens"]
+    read = f"{source} source" if source else f"{begun} prompt"
     lines = [
-        f"{facts['prompt_tokens']} prompt + {facts['new_tokens']} new tokens ({facts['finish_reason']}) · "
+        f"{read} + {facts['new_tokens']} new tokens ({facts['finish_reason']}) · "
         f"first after {facts['ttft_s']:.2f} s · then {facts['tokens_per_s']:.1f} tokens/s"
     ]
     if spec is None:
         lines.append("cache none: every step computed every token's keys and values again")
     else:
+        rows = f"{facts['kv_tokens']:,} tokens"
+        if facts["kv_rows"] < facts["kv_tokens"]:
+            rows = f"{facts['kv_rows']:,.0f} of {facts['kv_tokens']:,} rows a head"
+        rows += f", {source} rows of the source" if source else ""
         lines.append(
-            f"cache {spec}: {facts['kv_bytes']:,} B payload ({facts['kv_tokens']} tokens) "
+            f"cache {spec}: {facts['kv_bytes']:,} B payload ({rows}) "
             f"+ {facts['kv_overhead_bytes']:,} B overhead "
             f"= {facts['kv_allocated_bytes']:,} B"
         )

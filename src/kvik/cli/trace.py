@@ -41,7 +41,7 @@ def trace(
     ] = None,
     head: Annotated[int | None, typer.Option(help="Query head to show, from 0; by default 8, or the last.")] = None,
     kv: KvOption = "bf16",
-    prefill: Annotated[int, typer.Option(help="Tokens of the first step; each later step takes one.")] = 1,
+    prefill: Annotated[int, typer.Option(help="Tokens of the prompt, one step; each later step takes one.")] = 1,
     weights: WeightsOption = "auto",
     device: DeviceOption = "cpu",
     as_json: JsonOption = False,

@@ -53,7 +53,7 @@ def tune(
     specs: Annotated[
         str | None, typer.Option(help="Candidates divided by |, such as 'int8|k8v4|int4; layers 0-1: int8'.")
     ] = None,
-    lossy: Annotated[bool, typer.Option("--lossy", help="Also try windows, which drop rows.")] = False,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Also try windows and policies, which drop rows.")] = False,
     prefix: Annotated[
         int | None, typer.Option(help="Tokens before the scored ones; by default 1024, or all where rows are dropped.")
     ] = None,

@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from kvik.cache.cache import Cache
 from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Bytes
 from kvik.cache.step import Step
+from kvik.engine.reread import Pass, Repetition
 from kvik.engine.sampling import Sampling, choose
 from kvik.errors import UsageError
 from kvik.models.model import Model
@@ -32,12 +34,14 @@ class Request:
             (`Spec.longest`) as many as it has positions.
         stop: texts that end the answer; they are not part of it.
         sampling: how tokens are chosen.
+        source: token ids of what the model reads beside its text; None where it reads none.
     """
 
     prompt: Sequence[int]
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    source: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -61,32 +65,58 @@ def prefill(
     *,
     watch: Callable[[Step], Chunk] | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    passes: Pass | None = None,
 ) -> Tensor:
     """Takes tokens to the end of a sequence, CHUNK at once at the most, each chunk settled. One token is a chunk too.
+    Where a policy asks for a pass of the model before it chooses, that is made first.
 
     Args:
         model: of whose cache the sequences are.
         sequences: one, or several of one cache that take the same tokens side by side, CHUNK in all at once.
         tokens: ids.
         watch: see `Model.run`.
-        stopping: asked before each chunk; True ends it there.
+        stopping: asked before each chunk, and during a pass; True ends it there. A chunk whose pass was not finished
+            is taken back.
+        passes: makes what policies ask for; None = the model repeats the text (`engine/reread.py`).
 
     Returns:
         Logits after the last token, f32 [sequences, vocabulary]; empty where no chunk was computed.
 
     Raises:
-        ContextError, BudgetError: see `Model.run`; chunks that were done before stay.
+        ContextError, BudgetError: see `Model.run`, and `Repetition.take`; chunks that were done before stay.
     """
+    passes = passes or Repetition()
+    for sequence in sequences:
+        if (at := sequence.next_trigger) is not None and at <= len(sequence) + len(tokens):
+            passes.check(model, sequence, at)
     piece = max(CHUNK // len(sequences), 1)
     logits = torch.empty(0)
     start = 0
     while start < len(tokens) and not stopping():
         chunk = tokens[start : start + min(piece, *(room(sequence) for sequence in sequences))]
         start += len(chunk)
-        logits = model.run([(sequence, chunk) for sequence in sequences], watch=watch)
+        found = model.run([(sequence, chunk) for sequence in sequences], watch=watch)
+        shown = False
+        try:
+            shown = all(passes.take(model, each, watch=watch, stopping=stopping) for each in sequences)
+        finally:
+            for sequence in sequences if not shown else ():
+                sequence.trim(len(sequence) - len(chunk))
+        if not shown:
+            break
+        logits = found
         for sequence in sequences:
             sequence.settle()
     return logits
+
+
+def opened(model: Model, cache: Cache, request: Request) -> KVSequence:
+    """An empty sequence for a request, which reads its source: filled in where the cache doesn't know it.
+
+    Raises:
+        UsageError, ContextError, BudgetError: see `Model.fill`.
+    """
+    return cache.open(source=None if request.source is None else model.fill(cache, request.source))
 
 
 class Generation:
@@ -108,8 +138,8 @@ class Generation:
         Args:
             model: with a tokenizer.
             request: what is asked.
-            sequence: holds a beginning of the prompt, possibly nothing, and takes the rest and the answer. None keeps
-                no cache: everything is computed anew at every step.
+            sequence: holds a beginning of the prompt, possibly nothing, and takes the rest and the answer; it reads
+                the request's source. None keeps no cache: everything is computed anew at every step.
 
         Raises:
             ContextError: the prompt leaves no position for an answer.
@@ -154,7 +184,8 @@ class Generation:
         try:
             logits = self._advance(list(self.request.prompt[self.cached_tokens :]))
             while not self._stopping:
-                token = choose(logits, self.request.sampling, len(self.request.prompt) + len(self.token_ids))
+                text = [*self.request.prompt, *self.token_ids]
+                token = choose(self._allowed(logits, text), self.request.sampling, len(text))
                 self.token_ids.append(token)
                 if len(self.token_ids) == 1:
                     first = time.perf_counter()
@@ -189,7 +220,7 @@ class Generation:
     def _advance(self, tokens: list[int]) -> Tensor:
         """Logits after some more tokens: f32 [vocabulary]."""
         if self.sequence is None:
-            with self.model.cache("f32", shares=False).open() as sequence:
+            with opened(self.model, self.model.cache("f32", shares=False), self.request) as sequence:
                 return self._chunked(sequence, [*self.request.prompt, *self.token_ids])
         return self._chunked(self.sequence, tokens)
 
@@ -197,10 +228,20 @@ class Generation:
         logits = prefill(self.model, [sequence], tokens, stopping=lambda: self._stopping)
         return logits[0] if len(logits) else logits
 
+    def _allowed(self, logits: Tensor, text: list[int]) -> Tensor:
+        """Logits without what the model's makers rule out there."""
+        if self.model.reading is None:
+            return logits
+        began, ends = len(self.request.prompt), self.model.config.eos_ids
+        constraints = self.model.reading.constraints
+        return constraints.apply(logits[None], [text], began=began, limit=began + self._limit, ends=ends)[0]
+
     def _take(self, token: int) -> str:
         """Text that is certain after this token; sets the reason if it was the last."""
         if token in self.model.config.eos_ids:
-            self.finish_reason = "stop"
+            forced = self.model.reading is not None and token in self.model.reading.constraints.last
+            self.finish_reason = "length" if forced and len(self.token_ids) == self._limit else "stop"
+            self.note = self._why_length() if self.finish_reason == "length" else ""
             return ""
         self._held_back += self._decoder.step(token)
         for stop in self.request.stop:
@@ -252,7 +293,8 @@ def generate(
 
     Args:
         model: from `kvik.load`.
-        prompt: what the user says; `raw=True` takes it as the beginning of the text instead.
+        prompt: what the user says, or the source for a model that reads one; `raw=True` takes it as the beginning of
+            the text instead.
         kv: what the cache keeps, a spec string, or "none".
         max_tokens: new tokens at the most.
         stop: texts that end the answer.
@@ -260,21 +302,48 @@ def generate(
         memory: the cache's budget in bytes.
     """
     stops = (stop,) if isinstance(stop, str) else stop
-    request = Request(encode_prompt(model, prompt, raw=raw), max_tokens, stops, sampling or Sampling())
+    request = ask(model, prompt, raw=raw, max_tokens=max_tokens, stop=stops, sampling=sampling or Sampling())
     if kv == "none":
         if memory is not None:
             raise UsageError("kv 'none' keeps no cache, so it has no memory budget; leave one of the two out")
         yield from Generation(model, request, None)
         return
-    with model.cache(kv, memory=memory, shares=False).open() as sequence:
+    with opened(model, model.cache(kv, memory=memory, shares=False), request) as sequence:
         yield from Generation(model, request, sequence)
+
+
+def ask(model: Model, prompt: str, *, raw: bool = False, **options: Any) -> Request:
+    """A request for the answer to a text: that is the source of a model that reads one, and else what `encode_prompt`
+    makes of it.
+
+    Args:
+        options: `Request`'s other attributes.
+    """
+    reading = model.reading
+    if reading is None:
+        return Request(encode_prompt(model, prompt, raw=raw), **options)
+    if raw:
+        raise UsageError(f"{reading.name} takes the prompt as its source, as it is; leave --raw out")
+    if reading.own_tokenizer:
+        raise UsageError(
+            f"{reading.name} has token ids of its own for sources, and one tokenizer in its folder; encode the source "
+            "yourself and give it to `Model.fill`"
+        )
+    return Request([reading.start_id], source=_encoded(model, prompt, special=True), **options)
 
 
 def encode_prompt(model: Model, prompt: str, *, raw: bool = False) -> list[int]:
     """The token ids of one user message in the model's chat format, or of the text as it is."""
-    assert model.tokenizer is not None, "text needs a tokenizer"
-    if not prompt:
-        raise UsageError("the prompt is empty; give at least one character of text")
+    if model.reading is not None:
+        raise UsageError(f"{model.config.name} answers a source and continues no prompt; use kvik run")
     if raw:
-        return model.tokenizer.encode(prompt, add_special_tokens=True)
-    return model.tokenizer.encode(model.tokenizer.chat([{"role": "user", "content": prompt}]))
+        return _encoded(model, prompt, special=True)
+    assert model.tokenizer is not None, "text needs a tokenizer"
+    return _encoded(model, model.tokenizer.chat([{"role": "user", "content": prompt}]) if prompt else "", special=False)
+
+
+def _encoded(model: Model, text: str, special: bool) -> list[int]:
+    assert model.tokenizer is not None, "text needs a tokenizer"
+    if not text:
+        raise UsageError("the prompt is empty; give at least one character of text")
+    return model.tokenizer.encode(text, add_special_tokens=special)

@@ -1,4 +1,4 @@
-"""`kvik eval` and `kvik tune`: what a cache costs in quality and bytes, and which one to take.
+"""`kvik eval`, `kvik tune` and `kvik heads`: what a cache costs in quality and bytes, and which one to take.
 Names are loaded when they are first used.
 """
 
@@ -7,9 +7,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvik.eval.grids import draw_heads as draw_heads
     from kvik.eval.grids import draw_map as draw_map
     from kvik.eval.grids import draw_needles as draw_needles
     from kvik.eval.grids import mapped as mapped
+    from kvik.eval.heads import Heads as Heads
+    from kvik.eval.heads import measure_heads as measure_heads
+    from kvik.eval.heads_view import render_heads as render_heads
     from kvik.eval.ledger import Ledger as Ledger
     from kvik.eval.picture import draw_frontier as draw_frontier
     from kvik.eval.results import Evaluation as Evaluation
@@ -23,16 +27,20 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Evaluation": "kvik.eval.results",
+    "Heads": "kvik.eval.heads",
     "Ledger": "kvik.eval.ledger",
     "Measured": "kvik.eval.results",
     "Setup": "kvik.eval.results",
     "Tuning": "kvik.eval.tuning",
     "draw_frontier": "kvik.eval.picture",
+    "draw_heads": "kvik.eval.grids",
     "draw_map": "kvik.eval.grids",
     "draw_needles": "kvik.eval.grids",
     "evaluate": "kvik.eval.runs",
     "mapped": "kvik.eval.grids",
+    "measure_heads": "kvik.eval.heads",
     "render_evaluation": "kvik.eval.view",
+    "render_heads": "kvik.eval.heads_view",
     "render_tuning": "kvik.eval.tuning_view",
     "tune": "kvik.eval.tuning",
 }

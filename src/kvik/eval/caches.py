@@ -74,6 +74,11 @@ def kept_share(sequence: KVSequence) -> float:
     return sequence.nbytes.payload / every_row(sequence.cache.spec, len(sequence))
 
 
+def rows_held(spec: Spec, tokens: int, payload: int) -> float:
+    """Rows that a head holds of a text, on average; heads count by the bytes of their rows."""
+    return tokens * payload / max(every_row(spec, tokens), 1)
+
+
 def every_row(spec: Spec, tokens: int) -> int:
     """Bytes of payload if no row of a text were dropped."""
     return sum(len(group.lanes) * tokens * group.layout.payload_bits // 8 for group in spec.groups)

@@ -1,4 +1,4 @@
-"""Grids as pictures: which rows of a text stayed, and which hidden keys were found again."""
+"""Grids as pictures: which rows of a text stayed, which hidden keys were found again, which heads look far back."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvik.bench.drawing import INK, SOFT, WITH, head, write
+from kvik.eval.heads import Heads
 from kvik.eval.needles import DEPTHS, KINDS, Answer, Kind
 from kvik.eval.results import Evaluation, Kept, Measured
-from kvik.eval.words import share
+from kvik.eval.words import brief, share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -148,8 +149,52 @@ def _grid(axes: Axes, answers: Sequence[Answer], *, lengths: bool) -> None:
     axes.tick_params(length=0)
 
 
+def draw_heads(found: Heads, path: Path) -> None:
+    """Writes one panel, layers beside one another and their heads below: how far each looks, a dot on those that keep
+    every row; 8 inches wide.
+
+    Args:
+        found: measured.
+        path: ends in .png or .svg.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    layers, most = len(found.scores), max(map(len, found.scores))
+    side = min(6.75 / layers, 0.3)  # inches
+    wide, tall = side * layers, side * most
+    high = 1.5 + max(tall, 0.6)  # the bar of colours needs some
+
+    def draw(figure: Figure) -> None:
+        from matplotlib.colors import LinearSegmentedColormap
+
+        axes = figure.add_axes((0.5 / 8, 1 - (0.95 + tall) / high, wide / 8, tall / high))
+        scores = np.full((most, layers), np.nan)
+        for layer, lane in found.lanes:
+            scores[lane, layer] = found.scores[layer][lane]
+        colors = LinearSegmentedColormap.from_list("far", [GONE, "#bcd8ec", HELD])
+        image = axes.imshow(scores, cmap=colors, aspect="auto", interpolation="nearest")
+        dots = sorted(found.far)
+        axes.plot([at for at, _ in dots], [at for _, at in dots], "o", color=INK, markersize=min(3.0, 20 * side))
+        for axis, count, name in ((axes.xaxis, layers, "layer"), (axes.yaxis, most, "KV head")):
+            axis.set_ticks(range(0, count, max(1, math.ceil(count / 16))))
+            axis.set_label_text(name, size=8, color=SOFT)
+        axes.grid(visible=False)
+        bar = max(tall, 0.6)
+        beside = figure.add_axes(((0.58 + wide) / 8, 1 - (0.95 + bar) / high, 0.1 / 8, bar / high))
+        figure.colorbar(image, cax=beside, ticks=[np.nanmin(scores), np.nanmax(scores)])
+        beside.yaxis.set_major_formatter(lambda value, _: f"{value:.2f}")
+        head(
+            figure, "Which heads look far back",
+            f"{found.model} · weights {found.weights} · {found.tokens:,} tokens of {found.text}",
+            f"Colour: how far a KV head looks. Dots: the {len(found.far)} of {len(found.lanes)} that keep every row.",
+        )  # fmt: skip
+
+    write(path, (8.0, high), draw)
+
+
 def _name(axes: Axes, spec: str, what: str) -> None:
     """Above a panel: its spec, and a figure in small type."""
     settings: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "annotation_clip": False}
-    axes.annotate(spec, (0, 1), (0, 4), size=8 if len(spec) < 40 else 6.5, weight="bold", **settings)
+    axes.annotate(brief(spec), (0, 1), (0, 4), size=8 if len(brief(spec)) < 40 else 6.5, weight="bold", **settings)
     axes.annotate(what, (1, 1), (0, 4), size=7.5, color=SOFT, ha="right", **settings)

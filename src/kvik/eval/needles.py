@@ -29,6 +29,7 @@ from kvik.errors import UsageError
 from kvik.eval.caches import forced, opened
 from kvik.eval.ledger import Ledger
 from kvik.eval.measures import log_probabilities
+from kvik.eval.oracle import Future
 from kvik.models.model import Model
 from kvik.models.tokenizer import Tokenizer
 
@@ -236,7 +237,7 @@ def _ask(model: Model, kv: str, text: Haystack) -> list[Answer]:
     """Takes the text in once; each question goes to a fork, so that none hears another."""
     found = []
     with opened(model, kv, len(text.tokens) + SPARE * (len(text.questions) + 1)).open(text.tokens) as sequence:
-        prefill(model, [sequence], text.tokens)
+        prefill(model, [sequence], text.tokens, passes=Future(*((*q.tokens, *q.answer[:-1]) for q in text.questions)))
         for question in text.questions:
             with sequence.fork() as listener:
                 found.append(_answer(model, listener, text, question))

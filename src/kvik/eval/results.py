@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvik.bench.growth import Environment
+from kvik.cache.methods import Needs
 from kvik.cache.prefix import digest
-from kvik.cache.spec import Bytes
+from kvik.cache.spec import Bytes, parse_rules
 from kvik.errors import UsageError
 from kvik.eval.measures import interval
 
@@ -88,7 +89,7 @@ class Setup:
     def key(self, spec: str, fingerprint: str, number: int, tokens: Sequence[int]) -> str:
         """Names one spec's measurement of one document: all that its figures depend on, but for the machine's speed."""
         return digest(
-            kvik=b"eval-document-1", model=self.fingerprint.encode(), spec=spec.encode(), rows=fingerprint.encode(),
+            kvik=b"eval-document-2", model=self.fingerprint.encode(), spec=spec.encode(), rows=fingerprint.encode(),
             protocol=self.protocol.encode(), sizes=array("q", (self.prefix, self.scored, number)).tobytes(),
             text=array("q", tokens).tobytes(),
         ).hex()  # fmt: skip
@@ -166,6 +167,8 @@ class Document:
         delta: the same less that of the full cache.
         kl: nats, of each scored position.
         same: scored positions whose likeliest token is that of the full cache.
+        recall: share of the attention that scored tokens give the prefix over full rows which falls on rows that
+            stayed, 0 to 1; see `eval/oracle.py`.
         costs: of its rows.
         kept: which rows stayed; of the first document only.
     """
@@ -174,6 +177,7 @@ class Document:
     delta: float
     kl: tuple[float, ...]
     same: int
+    recall: float
     costs: Costs
     kept: Kept | None = None
 
@@ -181,7 +185,7 @@ class Document:
         """As JSON values, for `from_dict`."""
         rows = None if self.kept is None else self.kept.to_dict()
         return {
-            "nll": self.nll, "delta": self.delta, "kl": list(self.kl), "same": self.same,
+            "nll": self.nll, "delta": self.delta, "kl": list(self.kl), "same": self.same, "recall": self.recall,
             "costs": asdict(self.costs), "kept": rows,
         }  # fmt: skip
 
@@ -194,7 +198,8 @@ class Document:
         """
         rows = None if values["kept"] is None else Kept.from_dict(values["kept"])
         costs = Costs(**values["costs"])
-        return cls(values["nll"], values["delta"], tuple(values["kl"]), values["same"], costs, rows)
+        figures = values["nll"], values["delta"], tuple(values["kl"]), values["same"], values["recall"]
+        return cls(*figures, costs, rows)
 
 
 @dataclass(frozen=True)
@@ -203,10 +208,12 @@ class Measured:
 
     Attributes:
         mark: of a model that is held against another: what was changed.
+        spread: of several seeds that are shown as one: the least and the largest of their mean KLs; None = one.
     """
 
     spec: str
     documents: tuple[Document, ...]
+    spread: tuple[float, float] | None = None
     mark: str = ""
 
     @property
@@ -286,9 +293,20 @@ class Measured:
         return statistics.fmean(each.costs.kept for each in self.documents)
 
     @property
+    def recall(self) -> float:
+        """Share of the attention over full rows that falls on rows that stayed."""
+        return statistics.fmean(each.recall for each in self.documents)
+
+    @property
     def evicts(self) -> bool:
         """Whether any row was dropped."""
         return self.kept < 1
+
+    @cached_property
+    def foresees(self) -> bool:
+        """Whether rows were chosen by what comes after them: a bound, and nothing that could be used."""
+        policies = [rule.retention.policy for rule in parse_rules(self.spec)[0]]
+        return any(policy is not None and Needs.FUTURE in policy.needs for policy in policies)
 
     @property
     def first(self) -> float:
@@ -309,7 +327,7 @@ class Measured:
             "scored": self.scored,
             "kl": {
                 "mean": self.kl, "interval": self.kl_interval, "median": self.kl_at(0.5), "p99": self.kl_at(0.99),
-                "max": self.kl_at(1.0),
+                "max": self.kl_at(1.0), "seeds": self.spread,
             },
             "same_top": self.same,
             "nll": {"mean": self.nll, "delta": self.delta, "interval": self.delta_interval},
@@ -318,6 +336,7 @@ class Measured:
             "peak_bytes": self.peak,
             "bytes_a_token": self.bytes_a_token,
             "rows_kept": self.kept,
+            "attention_recall": self.recall,
             "first_token_s": self.first,
             "token_s": self.step,
             "documents": [
@@ -333,6 +352,7 @@ class Evaluation:
 
     Attributes:
         measured: one a spec, the full cache first.
+        baselines: chance and foresight, where a spec's policy was to be held against them.
         needles: what was found again in long texts; None where nothing was hidden.
     """
 
@@ -340,6 +360,7 @@ class Evaluation:
     environment: Environment
     measured: tuple[Measured, ...]
     needles: Needles | None = None
+    baselines: tuple[Measured, ...] = ()
 
     @property
     def full(self) -> Measured:
@@ -347,10 +368,16 @@ class Evaluation:
         return self.measured[0]
 
     @property
+    def every(self) -> tuple[Measured, ...]:
+        """What was asked for, then what it is held against."""
+        return (*self.measured, *self.baselines)
+
+    @property
     def frontier(self) -> tuple[Measured, ...]:
         """Specs than which no other has both fewer bytes and a lower KL, the fewest bytes first."""
         best: list[Measured] = []
-        for each in sorted(self.measured, key=lambda it: (it.bytes_a_token, it.kl)):
+        usable = [each for each in self.measured if not each.foresees]
+        for each in sorted(usable, key=lambda it: (it.bytes_a_token, it.kl)):
             if not best or each.kl < best[-1].kl:
                 best.append(each)
         return tuple(best)
@@ -361,6 +388,7 @@ class Evaluation:
             "setup": asdict(self.setup),
             "environment": asdict(self.environment),
             "specs": [each.to_dict() for each in self.measured],
+            "baselines": [each.to_dict() for each in self.baselines],
             "frontier": [each.label for each in self.frontier],
             "needles": None if self.needles is None else self.needles.to_dict(),
         }

@@ -7,7 +7,8 @@
               is predicted after it is scored
 
 Only predictions that were made after the prefix had been settled are scored. Whatever spec comes, nothing here asks
-what it does: bytes and rows are the sequence's own account.
+what it does: bytes and rows are the sequence's own account. An oracle is shown what is going to be scored; and beside
+full rows a fork is, before anything is timed, to see where the attention of the scored tokens will go.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from kvik.bench.rates import Clock, clock_of
 from kvik.bench.runs import environment
 from kvik.cache.spec import Spec
 from kvik.engine.generation import prefill
+from kvik.eval.budgets import baselines as bounds_of
+from kvik.eval.budgets import pooled
 from kvik.eval.caches import CHUNK, Peak, distinct, forced, kept_rows, kept_share, opened
 from kvik.eval.ledger import Ledger
 from kvik.eval.measures import Compared, Reference, joined
 from kvik.eval.needles import ask_all
+from kvik.eval.oracle import Future, Lane, by_lane, recall, weighed
 from kvik.eval.results import FULL, Costs, Document, Evaluation, Kept, Measured, Protocol, Setup
 from kvik.models.model import Model
 
@@ -46,6 +50,7 @@ def evaluate(
     needles: bool = False,
     against: Model | None = None,
     mark: str = "",
+    baselines: bool = False,
     ledger: Ledger | None = None,
     name: str = "",
     text: str = "the text",
@@ -62,6 +67,7 @@ def evaluate(
         needles: whether keys are hidden in long texts and asked for as well; needs a tokenizer.
         against: whose full cache everything is held against, where the model is that one with something changed.
         mark: what was changed.
+        baselines: whether policies are held against chance and foresight at their budgets (`eval/budgets.py`).
         ledger: what is in it is not measured again.
         name: what to call the model; by default its own name.
         text: what to call the text.
@@ -78,16 +84,27 @@ def evaluate(
     setup = Setup(name or model.config.name, named, model.weights, text, prefix, scored, documents, protocol)
     model.check_context(prefix + scored)
     plans, cut = distinct(model, specs), setup.cut(ids)
+    bounds = _bounds(plans, setup) if baselines else []
+    every = distinct(model, [*map(str, plans), *(kv for bound in bounds for kv in bound)])
+    every = every if against is None else [against.spec(FULL), *every]
     ledger = Ledger() if ledger is None else ledger
-    every = plans if against is None else [against.spec(FULL), *plans]
     runs = _Runs(model, against or model, setup, every, ledger, show, clock or clock_of(model.device))
     columns = [runs.document(number, tokens) for number, tokens in enumerate(cut)]
-    measured = tuple(
-        Measured(str(spec), tuple(column[place] for column in columns), mark if place else "")
-        for place, spec in enumerate(every)
-    )
+    known = {str(spec): tuple(column[place] for column in columns) for place, spec in enumerate(every)}
+    measured = {kv: Measured(kv, documents, mark=mark) for kv, documents in known.items()}
+    unchanged = () if against is None else (Measured(FULL, tuple(column[0] for column in columns)),)
     found = ask_all(model, plans, ledger, show) if needles else None
-    return Evaluation(setup, environment(model.device), measured, found)
+    return Evaluation(
+        setup, environment(model.device), (*unchanged, *(measured[str(spec)] for spec in plans)), found,
+        tuple(pooled([measured[kv] for kv in bound]) for bound in bounds),
+    )  # fmt: skip
+
+
+def _bounds(plans: Sequence[Spec], setup: Setup) -> list[list[str]]:
+    """Chance and foresight at the budgets of all specs, each once; foresight that was asked for is there already."""
+    asked = {str(spec) for spec in plans}
+    found = [bound for spec in plans for bound in bounds_of(str(spec), setup.prefix, setup.protocol)]
+    return [bound for bound in {tuple(bound): bound for bound in found}.values() if not asked >= set(bound)]
 
 
 class _Runs:
@@ -98,6 +115,7 @@ class _Runs:
     ) -> None:
         self.model, self.full, self.setup, self.specs, self.ledger = model, full, setup, specs, ledger
         self._show, self._clock = show, clock
+        self._received: dict[Lane, Tensor] = {}  # of one document: attention of the scored tokens over full rows
 
     def document(self, number: int, tokens: Sequence[int]) -> list[Document]:
         """One document under every spec. The full cache's logits are held while this runs, and no longer."""
@@ -117,12 +135,12 @@ class _Runs:
     def _full(self, number: int, tokens: Sequence[int]) -> tuple[Reference, Document]:
         """Over full rows. What is held against itself differs by nothing."""
         parts: list[Tensor] = []
-        costs, kept = self._follow(self.full, number, tokens, FULL, lambda _, logits: parts.append(logits))
+        kept = self._follow(self.full, number, tokens, FULL, lambda _, logits: parts.append(logits))
         targets = torch.tensor(tokens[self.setup.prefix + 1 :], device=self.model.device)
         reference = Reference(torch.cat(parts), targets)
         starts = [sum(map(len, parts[:place])) for place in range(len(parts))]
         compared = [reference.compare(start, part) for start, part in zip(starts, parts, strict=True)]
-        return reference, _document(compared, costs, kept)
+        return reference, _document(compared, *kept)
 
     def _other(self, number: int, tokens: Sequence[int], kv: str, reference: Reference) -> Document:
         compared: list[Compared] = []
@@ -130,13 +148,13 @@ class _Runs:
         def take(start: int, logits: Tensor) -> None:
             compared.append(reference.compare(start, logits))
 
-        costs, kept = self._follow(self.model, number, tokens, kv, take)
-        return _document(compared, costs, kept)
+        return _document(compared, *self._follow(self.model, number, tokens, kv, take))
 
     def _follow(
         self, model: Model, number: int, tokens: Sequence[int], kv: str, take: Take
-    ) -> tuple[Costs, Kept | None]:
-        """Feeds a document; `take` gets (place among the scored, logits) of every chunk after the prefix."""
+    ) -> tuple[float, Costs, Kept | None]:
+        """Feeds a document; `take` gets (place among the scored, logits) of every chunk after the prefix. Returns the
+        share of attention that stayed, and what it took."""
         prefix, rest = tokens[: self.setup.prefix], tokens[self.setup.prefix : -1]
         cache, clock, peak = opened(model, kv, len(tokens)), self._clock, Peak()
         known = prefix if self.setup.protocol == "prompt" else ()
@@ -144,10 +162,13 @@ class _Runs:
         with cache.open(known) as sequence:
             size = len(prefix) if known else CHUNK
             for start in range(0, len(prefix), size):
-                prefill(model, [sequence], prefix[start : start + size], watch=peak.watch)
+                prefill(model, [sequence], prefix[start : start + size], watch=peak.watch, passes=Future(rest))
             first = clock() - started
             held, share = sequence.nbytes, kept_share(sequence)
             kept = Kept.of(kept_rows(sequence)) if number == 0 else None
+            if kv == FULL:
+                self._received = by_lane(sequence, weighed(self.model, sequence, [rest]))
+            recalled = recall(self._received, sequence)
             seconds, at = [], 0
             for token in rest[:TIMED]:
                 began = clock()
@@ -159,14 +180,14 @@ class _Runs:
                 take(at, logits)
                 at += len(logits)
         most, step = max(peak.allocated, held.allocated), statistics.median(seconds)
-        return Costs(len(prefix), held.payload, held.overhead, most, share, first, step), kept
+        return recalled, Costs(len(prefix), held.payload, held.overhead, most, share, first, step), kept
 
     def _say(self, number: int, place: int) -> None:
         what = f"document {number + 1} of {self.setup.documents}: {self.specs[place]}"
         self._show(what, number * len(self.specs) + place, self.setup.documents * len(self.specs))
 
 
-def _document(parts: Sequence[Compared], costs: Costs, kept: Kept | None) -> Document:
+def _document(parts: Sequence[Compared], recalled: float, costs: Costs, kept: Kept | None) -> Document:
     whole = joined(parts)
     nll, delta = float(whole.nll.mean()), float((whole.nll - whole.full).mean())
-    return Document(nll, delta, tuple(whole.kl.tolist()), int(whole.same.sum()), costs, kept)
+    return Document(nll, delta, tuple(whole.kl.tolist()), int(whole.same.sum()), recalled, costs, kept)

@@ -3,7 +3,8 @@
     memory given      of what fits, the lowest KL: bytes within the budget are free
     only max KL       of what is close enough, the fewest bytes
 
-Bytes are by the formula for one sequence of `context` tokens, so what is too large is known before it is measured.
+Bytes are by the formula for one sequence of `context` tokens, so what is too large is known before it is measured. What
+must fit is the most that it takes at any time: a policy that chooses at the prompt's end has taken all of it in.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ class Candidate:
 
     Attributes:
         nbytes: of one sequence of `Tuning.context` tokens, by formula.
+        peak: the most bytes that it allocates on the way there.
         measured: None where it was not: it takes more than the memory.
     """
 
     spec: str
     nbytes: Bytes
+    peak: int
     measured: Measured | None
 
     @property
@@ -64,8 +67,8 @@ class Tuning:
     candidates: tuple[Candidate, ...]
 
     def fits(self, candidate: Candidate) -> bool:
-        """Whether its bytes are within the memory."""
-        return self.memory is None or candidate.size <= self.memory
+        """Whether its bytes are within the memory at any time."""
+        return self.memory is None or candidate.peak <= self.memory
 
     def close(self, candidate: Candidate) -> bool:
         """Whether its KL was measured and is low enough."""
@@ -100,10 +103,10 @@ class Tuning:
         assert self.winner is None, "there is a winner"
         fitting = [each for each in self.candidates if self.fits(each)]
         if not fitting and self.memory is not None:
-            least = min(self.candidates, key=lambda each: each.size)
+            least = min(self.candidates, key=lambda each: each.peak)
             return (
                 f"no spec tried holds {self.context:,} tokens in {format_bytes(self.memory)}: the smallest, "
-                f"{least.spec!r}, takes {format_bytes(least.size)}; raise --memory, lower --context, or try --lossy"
+                f"{least.spec!r}, takes {format_bytes(least.peak)}; raise --memory, lower --context, or try --lossy"
             )
         known = [(each.measured.kl, each.spec) for each in fitting if each.measured is not None]
         (kl, spec), limit = min(known), nats(self.max_kl or 0.0)
@@ -125,7 +128,7 @@ class Tuning:
             "candidates": [
                 {
                     "spec": each.spec,
-                    "bytes": asdict(each.nbytes) | {"allocated": each.size},
+                    "bytes": asdict(each.nbytes) | {"allocated": each.size, "peak": each.peak},
                     "fits": self.fits(each),
                     "close": self.close(each),
                     "measured": None if each.measured is None else each.measured.to_dict(),
@@ -156,7 +159,8 @@ def ladder(layers: int, context: int, *, lossy: bool = False) -> list[str]:
     Args:
         layers: of the model.
         context: tokens that a sequence will have.
-        lossy: also such as drop rows: windows of a half and a quarter of the context.
+        lossy: also such as drop rows, to a half and a quarter: windows, and the policies that were nearest to the full
+            cache for their cost (`docs/fidelity.md`): one that needs a pass of the model, two that look at rows.
 
     >>> ladder(30, 4096)[-2:]
     ['int4; layers 0-1: int8', 'int4']
@@ -170,6 +174,7 @@ def ladder(layers: int, context: int, *, lossy: bool = False) -> list[str]:
         for part in (2, 4):
             kept = f"window:{max(context // part, 1)},sinks:4"
             specs += [f"int8+{kept}", f"k8v4+{kept}"]
+            specs += [f"int8+{name}:{100 // part}%" for name in ("global(kvzip)", "ada(keydiff)", "expected")]
     return specs
 
 
@@ -211,15 +216,15 @@ def tune(
     setup = Setup(
         name or model.config.name, model.fingerprint, model.weights, text, prefix, scored, documents, "prompt"
     )
-    sizes = {str(spec): spec.nbytes(context) for spec in plans}
-    fitting = [spec for spec in sizes if memory is None or sizes[spec].allocated <= memory]
+    sizes = {str(spec): (spec.nbytes(context), spec.peak(context).allocated) for spec in plans}
+    fitting = [spec for spec, (_, peak) in sizes.items() if memory is None or peak <= memory]
     known: dict[str, Measured] = {}
     if fitting:
         found = evaluate(
             model, ids, fitting, prefix=prefix, scored=scored, documents=documents, name=name, text=text, show=show
         )
         known = {each.spec: each for each in found.measured if each.spec in fitting}
-    candidates = tuple(Candidate(spec, nbytes, known.get(spec)) for spec, nbytes in sizes.items())
+    candidates = tuple(Candidate(spec, *size, known.get(spec)) for spec, size in sizes.items())
     return Tuning(setup, environment(model.device), context, memory, max_kl, candidates)
 
 

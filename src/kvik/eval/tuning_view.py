@@ -26,23 +26,23 @@ def render_tuning(found: Tuning, console: Console) -> None:
     console.print(Text.assemble((it.model, "bold"), f"  weights {it.weights} · {amount(it)} of {it.text}"))
     console.print(Text(f"{device}, {where.threads} threads · torch {where.torch}", "dim"))
     console.print()
-    heads = (
-        f"{found.context:,}\ntokens",
-        "mean\nKL",
-        "99 %\nKL",
-        "same\nlikeliest",
-        "each\nmore",
-        "",
-    )
-    table = by_spec(*heads)
+    peaks = _peaks(found)
+    most = ["at\nmost"] if peaks else []
+    table = by_spec(f"{found.context:,}\ntokens", *most, "mean\nKL", "99 %\nKL", "same\nlikeliest", "each\nmore", "")
     table.columns[-1].justify = "left"
     winner = found.winner
     for each in found.candidates:
         style = "bold" if each is winner else "dim" if each not in found.frontier else ""
-        table.add_row(Text(each.spec), format_bytes(each.size), *_figures(each), _verdict(found, each), style=style)
+        sizes = [format_bytes(size) for size in (each.size, each.peak)[: 2 if peaks else 1]]
+        table.add_row(Text(each.spec), *sizes, *_figures(each), _verdict(found, each), style=style)
     console.print(table)
     console.print()
     console.print(lines(_facts(found)))
+
+
+def _peaks(found: Tuning) -> bool:
+    """Whether a candidate takes more on the way there than once it is there."""
+    return any(format_bytes(each.peak) != format_bytes(each.size) for each in found.candidates)
 
 
 def _figures(each: Candidate) -> list[str]:
@@ -71,6 +71,8 @@ def _facts(found: Tuning) -> Iterator[tuple[str, str]]:
     rule = "the lowest KL" if found.memory is not None else "the fewest bytes"
     yield "asked", f"at most {' and '.join(limits)}; of those, {rule}"
     yield "beaten", "another has fewer bytes and less KL"
+    if _peaks(found):
+        yield "at most", "on the way there, before rows have left; that is what --memory bounds"
     if found.winner is None:
         return
     winner = found.winner

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from kvik.bench.view import columns
 from kvik.bench.words import three, time_text
+from kvik.eval.budgets import SEEDS
 from kvik.eval.needles import KINDS, Needles
 from kvik.eval.results import Evaluation, Measured, Setup
 from kvik.eval.words import change, nats, share
@@ -89,16 +90,18 @@ def _section(console: Console, caption: str, table: Table) -> None:
 
 def _rows(found: Sequence[Measured], table: Table, figures: Callable[[Measured], Sequence[str]]) -> Table:
     for each in found:
-        table.add_row(Text(each.label), *figures(each))
+        seeds = "" if each.spread is None else f" ×{SEEDS}"
+        table.add_row(Text(each.label + seeds), *figures(each))
     return table
 
 
 def _divergence(found: Evaluation) -> Table:
     def figures(each: Measured) -> list[str]:
         quantiles = [nats(each.kl_at(quantile)) for quantile in (0.5, 0.99, 1.0)]
-        return [nats(each.kl), *quantiles, share(each.same, 1)]
+        return [nats(each.kl), *quantiles, share(each.same, 1), share(each.recall)]
 
-    return _rows(found.measured, by_spec("mean", "median", "99 %", "largest", "same\nlikeliest"), figures)
+    heads = "mean", "median", "99 %", "largest", "same\nlikeliest", "attention\nkept"
+    return _rows(found.every, by_spec(*heads), figures)
 
 
 def _likelihood(found: Evaluation) -> Table:
@@ -107,7 +110,7 @@ def _likelihood(found: Evaluation) -> Table:
         return [f"{each.nll:.4f}", change(each.delta), between, f"{each.perplexity_ratio:.4f}"]
 
     heads = "nats", "more than\nf32", "95 % of\nthe difference", "perplexity\nby f32's"
-    return _rows(found.measured, by_spec(*heads), figures)
+    return _rows(found.every, by_spec(*heads), figures)
 
 
 def _interval(bounds: tuple[float, float] | None, text: Callable[[float], str]) -> str:
@@ -122,7 +125,7 @@ def _costs(found: Evaluation) -> Table:
         return [*sizes, share(each.kept), time_text(each.first), time_text(each.step)]
 
     heads = "bytes\na token", "of\nf32", "at\nmost", "rows\nkept", "first\ntoken", "each\nmore"
-    return _rows(found.measured, by_spec(*heads), figures)
+    return _rows(found.every, by_spec(*heads), figures)
 
 
 def _needles(needles: Needles) -> Table:
@@ -145,6 +148,14 @@ def facts(found: Evaluation) -> Iterator[tuple[str, str]]:
     changed = any(each.mark for each in found.measured)
     model = "the model as its weights were trained" if changed else "the same model"
     yield "against", f"{model}, over full rows in f32; {found.full.scored:,} predictions each"
+    if any(each.evicts for each in found.measured):
+        yield "attention", "kept: of what scored tokens give the prefix over full rows, the share of rows that stayed"
+    seeds = [(each.spec, *map(nats, each.spread)) for each in found.baselines if each.spread is not None]
+    if seeds:
+        spreads = "; ".join(f"{spec} {low} to {high}" for spec, low, high in seeds)
+        yield f"×{SEEDS}", f"rows by chance, seeds 0 to {SEEDS - 1} side by side; their mean KLs: {spreads}"
+    if any(each.foresees for each in found.every):
+        yield "oracle", "keeps the rows that the scored tokens look at: a bound, and nothing that could be used"
     yield "times", f"of this run, weights in {it.weights}; 'kvik bench speed' takes them apart"
     if it.documents == 1:
         yield "interval", "one document says nothing about others; use more --documents"

@@ -39,3 +39,13 @@ def change(value: float) -> str:
     """
     text = f"{value:+.4f}"
     return "0.0000" if float(text) == 0 else text
+
+
+def brief(spec: str, most: int = 56) -> str:
+    """A spec for a picture: of a longer one the first rule, and how many there are besides.
+
+    >>> brief("int4; layers 0-1: bf16"), brief("int8+window:256; layers 0-9,12: int8; layers 10-11 heads 0,2: int8")
+    ('int4; layers 0-1: bf16', 'int8+window:256 and 2 more rules')
+    """
+    first, *rest = spec.split("; ")
+    return spec if len(spec) <= most or not rest else f"{first} and {len(rest)} more rule{'s' * (len(rest) > 1)}"

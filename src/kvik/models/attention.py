@@ -19,17 +19,20 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | 
     Args:
         q: f32 [S, H, D]; head h reads key head h // (H / L).
         k, v: f32 [S, L, D].
-        bias: f32 [H, S, S], added to scores; None = none.
+        bias: f32 [H, 2 R + 1], added to the score of a row that stands r - R places behind the query, below 0 before
+            it; the first and the last column serve all further ones. None = none.
 
     Returns:
         f32 [S, H · D].
     """
     shared = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(shared, 1).transpose(0, 1) for x in (k, v))  # [H, S, D]
-    outs = []
+    places, outs = torch.arange(len(k), device=q.device), []
     for start in range(0, len(q), ROWS):
         scores = torch.bmm(q[start : start + ROWS].transpose(0, 1) * scale, keys.transpose(1, 2))
         if bias is not None:
-            scores = scores + bias[:, start : start + ROWS]
+            reach = bias.shape[1] // 2
+            away = places - places[start : start + ROWS, None]
+            scores = scores + bias[:, away.clamp(-reach, reach) + reach]
         outs.append(torch.bmm(scores.softmax(-1), values).transpose(0, 1).flatten(1))
     return torch.cat(outs)

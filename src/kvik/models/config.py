@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
 from kvik.errors import ConfigError, UsageError
+from kvik.models.constraints import Constraints
 from kvik.models.fields import Fields
 from kvik.models.rope import Kind, Rope
 
@@ -64,9 +65,22 @@ class Config:
             "Llama's kin"
         )
 
+    def other_names(self) -> dict[str, tuple[str, ...]]:
+        """For tensors that files may hold under other names as well, or instead: those names."""
+        return {}
+
     def spare(self, name: str) -> bool:
-        """Whether a file may hold this tensor though the decoder has no use for it."""
+        """Whether files may hold this tensor though nothing depends on it."""
         return self.tied_embeddings and name == "lm_head.weight"
+
+    def optional_tensors(self) -> tuple[str, ...]:
+        """Names of `tensor_shapes` that files may leave out: they are zero then."""
+        return ()
+
+    @property
+    def most_positions(self) -> int:
+        """Tokens of a text at the most: where nothing else limits them, those that it was made for."""
+        return self.max_positions
 
     def to_json(self) -> dict[str, object]:
         """The same as plain JSON types; what has its usual value is left out."""
@@ -173,6 +187,9 @@ def _of_type(fields: Fields, name: str, hint: Any) -> object:
         (hint,) = (each for each in typing.get_args(hint) if each is not type(None))
     if hint is Rope:
         return _rope(fields.values[name])
+    if hint is Constraints:
+        values = fields.values[name]
+        return Constraints.from_json(values) if isinstance(values, dict) else fields.fail(name, "must be an object")
     if hint is int:
         return fields.integer(name, least=0)
     if hint is float:

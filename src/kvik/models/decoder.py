@@ -11,6 +11,7 @@ from torch import Tensor
 from kvik.cache.spec import LayerShape
 from kvik.models.watch import Chunk
 from kvik.ops.linear import Linear
+from kvik.ops.pointwise import RowFunction
 
 
 class Decoder(Protocol):
@@ -27,6 +28,10 @@ class Decoder(Protocol):
     @property
     def blocks(self) -> Sequence[object]:
         """The layers' weights."""
+
+    @property
+    def norm(self) -> RowFunction | None:
+        """What stands before the head; None = nothing."""
 
     def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
         """Takes a step's tokens through all layers; logits of the chosen rows."""

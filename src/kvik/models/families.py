@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvik.models import deepseek, gemma, gpt2, llama, opt, qwen
+from kvik.models import bart, deepseek, gemma, gpt2, llama, opt, qwen, t5
 from kvik.models.config import Config
 from kvik.models.decoder import Decoder
 from kvik.models.fields import Fields
@@ -41,6 +41,8 @@ FAMILIES = (
     Family(qwen.QwenConfig, qwen.read, qwen.Qwen, ("qwen2", "qwen3"), qwen.read_gguf, ("qwen2", "qwen3")),
     Family(deepseek.DeepseekConfig, deepseek.read, deepseek.Deepseek, ("deepseek_v2", "deepseek_v3")),
     Family(gemma.GemmaConfig, gemma.read, gemma.Gemma, ("gemma2", "gemma3_text")),
+    Family(bart.BartConfig, bart.read, bart.Bart, ("bart", "marian")),
+    Family(t5.T5Config, t5.read, t5.T5, ("mt5", "t5")),
 )
 _BY_NAME = {family.config.family: family for family in FAMILIES}
 _BY_KIND = {kind: family for family in FAMILIES for kind in family.kinds}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +23,9 @@ from kvik.models.fields import brief
 from kvik.models.weights import Weight, check, read_file, read_safetensors, safetensors_files
 from kvik.ops.grouped import GroupQuantized
 
-FORMAT = 2  # of a prepared folder; 1 had other keys
+FORMAT = 2  # of a prepared folder
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the built-in model's file
+_NAMES = {SMOLLM2_SHA256: "SmolLM2-135M-Instruct"}  # the file calls itself "Smollm2 135M 8k Lc100K Mix1 Ep2"
 _WEIGHTS = "model.safetensors"
 _PARTS = ("codes", "scale", "zero")
 
@@ -89,6 +91,12 @@ def write_prepared(folder: Path, config: Config, tensors: Mapping[str, Weight], 
     (folder / "config.json").write_text(json.dumps({"kvik": head, "config": described}, indent=1), encoding="utf-8")
 
 
+def makers_name(source: object, name: str) -> str:
+    """What a model's makers call it: by the SHA-256 of the file that it was prepared from, else what the file says."""
+    sha256 = source.get("sha256") if isinstance(source, dict) else None
+    return _NAMES.get(sha256, name) if isinstance(sha256, str) else name
+
+
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hex. Raises OSError."""
     with path.open("rb") as file:
@@ -131,6 +139,7 @@ def _load_prepared(folder: Path, values: Mapping[str, object]) -> Loaded:
             _damaged(folder, f"{path.name} has {path.stat().st_size} bytes instead of {brief(size)}")
     try:
         config = from_json(described)
+        config = replace(config, name=makers_name(head.get("source"), config.name))
         flat, bits = read_file(folder / _WEIGHTS)
         tensors = check(_assembled(flat, bits), config)
     except (ConfigError, WeightsError, KeyError, ValueError) as error:

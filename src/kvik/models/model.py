@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvik.cache.cache import Cache
+from kvik.cache.centres import Centres
 from kvik.cache.prefix import digest
 from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.sharing import first_late
@@ -20,6 +21,7 @@ from kvik.models import families
 from kvik.models.config import Config
 from kvik.models.decoder import Reader
 from kvik.models.parts import Source, arithmetic, multiplied, nbytes
+from kvik.models.reading import ReaderConfig
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.watch import Chunk
 from kvik.ops.grouped import GroupQuantized
@@ -34,12 +36,14 @@ class Model:
     Attributes:
         config: its sizes.
         decoder: the network.
-        reader: the same where it also reads a source; else None.
+        reader, reading: the same and its sizes where it also reads a source; else None.
         tokenizer: None where the folder has none and none is needed.
         weights: how linear weights are held.
         arithmetic: what computes products and rows: another gives other last bits.
-        fingerprint: names the weights as they are held, and the arithmetic, for the cache's keys.
+        held: names the weights as they are held, and the arithmetic, for the cache's keys.
+        centres: what is subtracted from keys where a cache quantises them; None = nothing. `load` finds them.
         nbytes: bytes of all weights as they are held.
+        read_bytes: of those that every step reads: without tables of which it takes the rows of its tokens.
         row_weights: weights that every row is multiplied with: projections and feed-forward parts of all layers, up to
             the last that keeps rows.
         head_weights: weights that a row is multiplied with whose logits are wanted: of the layers after it, and the
@@ -70,19 +74,28 @@ class Model:
             self.weights = "bf16"
         with torch.inference_mode():
             self.decoder = families.build(config, Source(tensors, self.weights, self.device))
-        reads = any(layer.source for layer in self.decoder.layers)
-        self.reader = cast(Reader, self.decoder) if reads else None
+        self.reading = config if isinstance(config, ReaderConfig) else None
+        self.reader = None if self.reading is None else cast(Reader, self.decoder)
         self.tokenizer = tokenizer
         self.arithmetic = arithmetic(self.decoder, self.device)
         held = f"{self.weights}, {self.arithmetic}"
         owners = tuple(layer.reads for layer in self.decoder.layers)
         if any(owner is not None for owner in owners):
             held += f", rows of {owners}"
-        self.fingerprint = digest(file=fingerprint.encode(), held=held.encode()).hex()
+        self.held = digest(file=fingerprint.encode(), held=held.encode()).hex()
+        self.centres: Centres | None = None
         self.nbytes = nbytes(self.decoder)
+        self.read_bytes = nbytes((self.decoder.blocks, self.decoder.norm, self.decoder.head))
         late = first_late(self.decoder.layers)
         self.row_weights = multiplied(self.decoder.blocks[:late])
         self.head_weights = multiplied(self.decoder.head) + multiplied(self.decoder.blocks[late:])
+
+    @property
+    def fingerprint(self) -> str:
+        """Names all that rows depend on beside their spec and the text: what `held` names, and the centres."""
+        if self.centres is None:
+            return self.held
+        return digest(held=self.held.encode(), centres=self.centres.fingerprint.encode()).hex()
 
     def spec(self, kv: str = "bf16") -> Spec:
         """What a cache for this model keeps under a spec string; `tuned` is the one that `kvik tune` chose."""
@@ -96,7 +109,9 @@ class Model:
 
     def cache(self, kv: str = "bf16", *, memory: int | None = None, shares: bool = True) -> Cache:
         """A cache for this model's rows; see `Cache`."""
-        return Cache(self.spec(kv), memory=memory, weights=self.fingerprint, shares=shares, device=self.device)
+        return Cache(
+            self.spec(kv), memory=memory, weights=self.held, shares=shares, device=self.device, centres=self.centres
+        )
 
     @torch.inference_mode()
     def fill(self, cache: Cache, source: Tensor | Sequence[int], salt: str = "") -> bytes:
@@ -111,15 +126,22 @@ class Model:
             Its digest, for `Cache.open`.
 
         Raises:
-            UsageError: the model reads no source, or ids are out of range.
+            UsageError: the model reads no source, it is empty, or ids are out of range.
+            ContextError: it is longer than the encoder's positions.
             BudgetError: the cache has no room for its rows; nothing changed.
         """
-        if self.reader is None:
+        if self.reader is None or self.reading is None:
             raise UsageError(f"{self.config.name} reads no source beside its text; open a sequence without one")
         given = source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
-        if given.dtype == torch.int64 and not ((given >= 0) & (given < self.config.vocab_size)).all():
-            raise UsageError(
-                f"token ids must be 0 to {self.config.vocab_size - 1}; got {int(given.min())} to {int(given.max())}"
+        if not len(given):
+            raise UsageError("the source is empty; give at least one token")
+        known, most = self.reading.source_vocab, self.reading.source_positions
+        if given.dtype == torch.int64 and not ((given >= 0) & (given < known)).all():
+            raise UsageError(f"token ids must be 0 to {known - 1}; got {int(given.min())} to {int(given.max())}")
+        if most is not None and len(given) > most:
+            raise ContextError(
+                f"a source of {len(given):,} tokens is longer than the {most:,} positions of {self.config.name}'s "
+                "encoder; shorten it or give it in parts"
             )
         data = given.detach().cpu().contiguous()
         name = digest(kind=f"{data.dtype} {tuple(data.shape)}".encode(), data=data.numpy().tobytes())
@@ -165,7 +187,7 @@ class Model:
 
     def longest(self, spec: Spec | None = None) -> int:
         """The most tokens that a text can have under a spec; None = where all rows stay. See `Spec.longest`."""
-        positions = self.config.max_positions
+        positions = self.config.most_positions
         return positions if spec is None else spec.longest(positions)
 
     def check_context(self, tokens: int, spec: Spec | None = None) -> None:
@@ -209,20 +231,23 @@ def load(
     Raises:
         ModelError, StorageError, UsageError: see `kvik.errors`.
     """
-    from kvik.models import prepare
+    from kvik.models import centres, prepare
 
     _check_weights(weights)
     if device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda': torch sees no CUDA device here; use --device cpu")
     if device not in ("cpu", "cuda"):
         raise UsageError(f"device {device!r}: use cpu or cuda")
-    loaded = prepare.load(prepare.resolve(str(model), progress or prepare.quiet))
+    show = progress or prepare.quiet
+    loaded = prepare.load(prepare.resolve(str(model), show))
     config = loaded.config if share is None else loaded.config.sharing(share)
     tokenizer = Tokenizer(loaded.tokenizer_folder)
-    return Model(
+    ready = Model(
         config, loaded.tensors,
         weights=weights, device=device, fingerprint=loaded.fingerprint, tokenizer=tokenizer,
     )  # fmt: skip
+    ready.centres = centres.obtain(ready, show)
+    return ready
 
 
 def _check_weights(weights: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvik.errors import TokenizerError
+from kvik.models import sentencepieces
 from kvik.models.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -22,18 +23,26 @@ class Tokenizer:
         bos_token, eos_token: as texts, or None; the chat template may print them.
 
     Raises:
-        TokenizerError: tokenizer.json or tokenizer_config.json is missing or damaged.
+        TokenizerError: tokenizer.json (or what stands for it, see `sentencepieces.py`) or tokenizer_config.json is
+            missing or damaged.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self._backend = _backend(self.folder)
+        mixed = not (self.folder / "tokenizer.json").is_file() and sentencepieces.serves(self.folder)
+        self._pieces = sentencepieces.TwoLanguages(self.folder) if mixed else None
+        self._backend = self._pieces.backend if self._pieces is not None else _backend(self.folder)
         settings = _settings(self.folder)
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         self.bos_token = _token_text(self.folder, settings, "bos_token")
         self.eos_token = _token_text(self.folder, settings, "eos_token")
         self._template_source = _template_source(self.folder, settings)
         self._template: ChatTemplate | None = None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The source of the chat template; None where the model has none."""
+        return self._template_source
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids. Special tokens written out in the text become their ids, as in transformers.
@@ -46,6 +55,8 @@ class Tokenizer:
             TokenizerError: the text is no valid Unicode (it has half of a surrogate pair).
         """
         try:
+            if self._pieces is not None:
+                return self._pieces.encode(text, add_special_tokens)
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError):
             raise TokenizerError("the text is no valid Unicode, so it has no tokens; remove lone surrogates") from None

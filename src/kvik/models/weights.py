@@ -106,14 +106,17 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def check(tensors: Mapping[str, Weight], config: Config) -> dict[str, Weight]:
-    """The tensors that the config asks for, no more and no fewer; those that it can spare are left out.
+    """The tensors that the config asks for, no more and no fewer, by their canonical names; those that it can spare are
+    left out.
 
     Raises:
-        WeightsError: tensors are missing, extra or mis-shaped; names the first few and says how many.
+        WeightsError: tensors are missing, extra or mis-shaped (names the first few and says how many), or two names of
+            one tensor hold different values.
     """
     shapes = config.tensor_shapes()
+    tensors = _named(tensors, config)
     missing = [name for name in shapes if name not in tensors]
-    extra = [name for name in tensors if name not in shapes and not config.spare(name)]
+    extra = [name for name in tensors if name not in shapes and config.spare(name)]
     wrong = [
         f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
         for name, shape in shapes.items()
@@ -126,6 +129,29 @@ def check(tensors: Mapping[str, Weight], config: Config) -> dict[str, Weight]:
             f"{config.name}: its tensors do not fit its configuration ({'; '.join(said)}); get the model again"
         )
     return {name: tensors[name] for name in shapes}
+
+
+def _named(tensors: Mapping[str, Weight], config: Config) -> dict[str, Weight]:
+    """Tensors under their canonical names, each once; those that files may leave out are there."""
+    shapes, found = config.tensor_shapes(), dict(tensors)
+    for name, others in config.other_names().items():
+        for other in others:
+            if other not in found:
+                continue
+            copy = found[other] if other in shapes else found.pop(other)
+            held = found.setdefault(name, copy)
+            if other not in shapes and not _equal(held, copy):
+                raise WeightsError(
+                    f"{config.name}: {name} and {other} hold different values, but its configuration says they are "
+                    "one; correct that, or get the model again"
+                )
+    for name in config.optional_tensors():
+        found.setdefault(name, torch.zeros(shapes[name]))
+    return found
+
+
+def _equal(a: Weight, b: Weight) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
 
 
 def _some(names: Iterable[str]) -> str:

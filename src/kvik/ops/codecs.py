@@ -135,7 +135,7 @@ def _int4(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
         scale = torch.where(scale == 0, _TINY, scale)
         wide = scale.to(torch.float32)
         codes = (grouped / wide).round().clamp(-8, 7)
-        error = _sum((codes * wide - grouped).square())
+        error = halved_sum((codes * wide - grouped).square())
         if best_codes is None or best_scale is None or best_error is None:
             best_codes, best_scale, best_error = codes, scale, error
         else:
@@ -152,7 +152,7 @@ def _int4(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return low | high << 4, best_scale.flatten(-2).view(torch.uint8)
 
 
-def _sum(x: Tensor) -> Tensor:
+def halved_sum(x: Tensor) -> Tensor:
     """[… n] → [… 1], in one fixed order: the second half is added to the first until one is left, so that any
     implementation gives the same bits."""
     while x.shape[-1] > 1:

@@ -52,6 +52,11 @@ class Codec:
     group: int = 0
     rotated: bool = False
 
+    @property
+    def quantises(self) -> bool:
+        """Whether codes stand for multiples of a scale, so that what all keys have in common costs accuracy."""
+        return self.group != 0
+
     def group_of(self, width: int) -> int:
         """Channels a scale for a stream of this width: `group` where it divides the width, else the whole row."""
         return self.group if self.group > 0 and width % self.group == 0 else width

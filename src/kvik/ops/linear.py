@@ -77,9 +77,9 @@ class Linear:
             onto: f32 [T, N], to which the product is added. It may be overwritten; use what is returned.
         """
         if self.packed is not None:
-            if after is None or after.kernel is None:
-                return self.packed.product(x if after is None else after(x), None, 1, onto)
-            return self.packed.product(x, after.kernel, after.takes, onto)
+            if after is not None and after.kernel is not None:
+                return self.packed.product(x, after.kernel, after.takes, onto)
+            return self.packed.product(x if after is None else after(x), None, 1, onto)
         y = self._product_of_rows(x if after is None else after(x))
         return y if onto is None else onto + y
 

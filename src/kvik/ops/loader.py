@@ -11,20 +11,38 @@ import os
 from functools import lru_cache
 from types import ModuleType
 
-from kvik.errors import UsageError
+from kvik.errors import StorageError, UsageError
 
 _ABSENT = "KVIK_OPS=native: the kernels were not built; install with a C++ compiler, or unset it"
+_WAY_OUT = "install kvik again, or set KVIK_OPS=reference for plain torch, which is several times slower"
 
 
 @lru_cache(maxsize=1)
-def built() -> ModuleType | None:
-    """The module of C++ kernels, wanted or not; None where it was not built."""
+def _found() -> ModuleType | str | None:
+    """The module; or why its file can't be loaded; None: there is none."""
     try:
         return importlib.import_module("kvik._native")
     except ModuleNotFoundError as error:
         if error.name != "kvik._native":
             raise
         return None
+    except ImportError as error:  # damaged, or made for another Python or machine
+        reason = str(error).removeprefix(f"{error.path}: ")
+        return f"{error.path}: the kernels can't be loaded ({reason}), so nothing was done; {_WAY_OUT}"
+
+
+def built() -> ModuleType | None:
+    """The module of C++ kernels, wanted or not; None where it was not built, or can't be loaded and isn't wanted.
+
+    Raises:
+        StorageError: it can't be loaded, and the environment does not ask for plain torch.
+    """
+    found = _found()
+    if isinstance(found, str):
+        if os.environ.get("KVIK_OPS") != "reference":
+            raise StorageError(found)
+        return None
+    return found
 
 
 def chosen() -> ModuleType | None:
@@ -32,6 +50,7 @@ def chosen() -> ModuleType | None:
 
     Raises:
         UsageError: KVIK_OPS or KVIK_ISA has a value that it can't have, or asks for what was not built.
+        StorageError: see `built`.
     """
     wanted = os.environ.get("KVIK_OPS", "")
     if wanted not in ("", "native", "reference"):

@@ -50,8 +50,13 @@ class Plan:
         layout = _layout(reads.layout, reads.page_size)
         select = reads.select
         choice = [0, 0, 1, 0] if select is None else [select.pages, select.sinks, select.recent, select.dense]
-        self._plan = module.Plan(pages.data_ptr(), layout, window, reads.sinks, members, choice)
+        centre = 0 if reads.centre is None else self._centre(reads.centre)
+        self._plan = module.Plan(pages.data_ptr(), layout, window, reads.sinks, centre, members, choice)
         self._append, self._attend = self._plan.append, self._plan.attend
+
+    def _centre(self, centre: Tensor) -> int:
+        assert centre.is_contiguous() and centre.shape[1] == self._key.width, "a centre for each lane, without gaps"
+        return _floats(centre).data_ptr()
 
     def append(self, lanes: slice, rows: Mapping[str, Tensor]) -> None:
         """See `ops.reads.Plan.append`."""
@@ -74,6 +79,7 @@ class Plan:
         want_mass: bool = False,
     ) -> Partial:
         """See `ops.reads.Plan.attend`."""
+        self._reads.check(softcap)
         q = _floats(q)
         tokens, heads, width = q.shape
         count = lanes.stop - lanes.start
@@ -96,7 +102,8 @@ class Plan:
             lanes.start, count, heads // count, q.data_ptr(), q.stride(0), scale, softcap or 0.0, at, reach,
             out.data_ptr(), 0 if lse is None else lse.data_ptr(), [mass.data_ptr() for mass in masses or ()],
         )  # fmt: skip
-        return Partial(out, lse if want_lse else None, masses)
+        whole = self._reads.whole(lanes, q, scale, lse) if want_lse and lse is not None else None
+        return Partial(out, whole, masses)
 
     def through(self, lanes: slice, layer: Fused, x: Tensor, angles: Tensor | None) -> bool:
         """See `ops.reads.Plan.through`."""

@@ -69,12 +69,29 @@ def move(pages: Tensor, layout: RowLayout, size: int, source: Tensor, target: Te
 
 
 def blank(pages: Tensor, layout: RowLayout, size: int, numbers: Tensor, first: int) -> None:
-    """Zeroes the rows from slot `first` on of some pages, int64 [P']."""
-    slots = (numbers.unsqueeze(-1) * size + torch.arange(first, size, device=pages.device)).reshape(-1)
+    """Zeroes the rows from slot `first` on of some pages, int64 [P']: a stroke or two a section."""
     for stream in layout.streams:
-        codes = pages.new_zeros((len(slots), stream.code_bytes))
-        scales = pages.new_zeros((len(slots), 2 * stream.groups)) if stream.groups else None
-        _put(pages, layout, stream, size, slots, codes, scales)
+        start, scales_at = (size * at for at in layout.offsets[stream.name])
+        codes = pages[:, start : start + size * stream.code_bytes]
+        if stream.by == "dot":
+            _zero(torch.unflatten(codes, 1, (-1, size, GRANULE)), numbers, (slice(None), slice(first, None)))
+        else:
+            r = GRANULE // stream.element
+            granules = torch.unflatten(codes, 1, (size // r, -1, r, stream.element))
+            if first % r:
+                _zero(granules, numbers, (first // r, slice(None), slice(first % r, None)))
+            _zero(granules, numbers, (slice(-(-first // r), None),))
+        if stream.groups:
+            scales = torch.unflatten(pages[:, scales_at : scales_at + size * 2 * stream.groups], 1, (-1, size, 2))
+            _zero(scales, numbers, (slice(None), slice(first, None)))
+
+
+def _zero(view: Tensor, numbers: Tensor, place: tuple[int | slice, ...]) -> None:
+    """Zeroes one place in some pages of a view [P, …]: on a CPU by numpy, in a tenth of torch's time."""
+    if view.device.type == "cpu":
+        view.numpy()[(numbers.numpy(), *place)] = 0
+    else:
+        view[(numbers, *place)] = 0
 
 
 def _taken(pages: Tensor, layout: RowLayout, stream: Stream, size: int) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,13 @@ beside any number of others (law 1).
 
 Natively on the CPU where that is built; in plain torch else, and where gradients are wanted. torch's own fused silu and
 gelu use one formula for whole vectors and another for what is left over, so that a value's last bit depends on where it
-lies in its tensor; its exp, tanh and arithmetic don't.
+lies in its tensor; its exp, tanh, erf and arithmetic don't.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -141,6 +142,31 @@ class GELU(RowFunction):
         return make.gelu()
 
 
+class Activation(RowFunction):
+    """Any function of single values; where it is gated, f(gate) · up of a row that is gate and up side by side."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], gated: bool) -> None:
+        self.function, self.takes = function, 2 if gated else 1
+
+    def plain(self, x: Tensor) -> Tensor:
+        """See the class."""
+        if self.takes == 1:
+            return self.function(x)
+        gate, up = x.chunk(2, dim=-1)
+        return self.function(gate) * up
+
+    def _kernel(self, make: Any) -> Any:
+        return None
+
+
+def activation(name: str, gated: bool = False) -> RowFunction:
+    """What config.json names: one of `ACTIVATIONS`, natively where there is a kernel."""
+    function = ACTIVATIONS[name]
+    if function is gelu_tanh and not gated:
+        return GELU()
+    return SwiGLU() if function is silu and gated else Activation(function, gated)
+
+
 def silu(x: Tensor) -> Tensor:
     """x / (1 + exp(-x)), elementwise."""
     return x / (x.neg().exp() + 1)
@@ -150,6 +176,16 @@ def gelu_tanh(x: Tensor) -> Tensor:
     """x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³))), elementwise."""
     inner = torch.addcmul(x, x * x, x, value=0.044715).mul_(math.sqrt(2 / math.pi))
     return (inner.tanh() + 1).mul(x).mul_(0.5)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x / 2 · (1 + erf(x / √2)), elementwise."""
+    return ((x * math.sqrt(0.5)).erf_() + 1).mul(x).mul_(0.5)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu, "gelu": gelu, "gelu_new": gelu_tanh, "silu": silu, "swish": silu
+}  # fmt: skip
 
 
 def turn(x: Tensor, angles: Tensor) -> Tensor:

@@ -131,7 +131,8 @@ def narrowed(reads: Reads, lanes: slice, q: Tensor) -> tuple[Reads, list[tuple[i
             recent = slice(span.recent, at // size + 1)
             members.append(Member(np.ascontiguousarray(pages[:, recent]), member.logical[recent], at, 1, kept))
             origins.append((index, np.concatenate((best, whole[:, recent]), axis=1)))
-    return Reads(reads.layout, size, reads.window, reads.sinks, tuple(members)), origins
+    centre = None if reads.centre is None else reads.centre[lanes]
+    return Reads(reads.layout, size, reads.window, reads.sinks, tuple(members), centre), origins
 
 
 def gathered(

@@ -24,6 +24,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvik.errors import UsageError
+from kvik.ops.codecs import halved_sum
 from kvik.ops.layout import RowLayout
 
 if TYPE_CHECKING:
@@ -128,6 +130,7 @@ class Reads:
         window: positions that a query sees, its own included; None = all; 0 = the sinks alone.
         sinks: first positions that stay visible though a window has passed them.
         members: in the order of the step's T tokens.
+        centre: f32 [lanes of the group, D], subtracted from keys before they are encoded; None = nothing is.
         select: how queries choose which pages they read; None = they read all that they see.
     """
 
@@ -136,6 +139,7 @@ class Reads:
     window: int | None
     sinks: int
     members: tuple[Member, ...]
+    centre: Tensor | None = None
     select: Select | None = None
 
     def chooses(self, lanes: slice) -> bool:
@@ -162,6 +166,26 @@ class Reads:
     def visible(self, asking: NDArray[np.int64], held: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The mask, made of positions alone: which held rows each asking query sees; the two broadcast."""
         return visible(asking, held, self.window, self.sinks)
+
+    def centred(self, lanes: slice, rows: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """New rows as they are encoded: keys f32 [T, L, D] less their lane's centre."""
+        return rows if self.centre is None else {**rows, "k": rows["k"] - self.centre[lanes]}
+
+    def whole(self, lanes: slice, q: Tensor, scale: float, lse: Tensor) -> Tensor:
+        """Log Σ exp(score) over keys, [T, H], from that over keys less their centre: scale · q·c more. Summed in one
+        order, so that the cut cannot show."""
+        if self.centre is None:
+            return lse
+        grouped = torch.unflatten(q, 1, (lanes.stop - lanes.start, -1))
+        return lse + scale * halved_sum(grouped * self.centre[lanes].unsqueeze(1)).flatten(1)
+
+    def check(self, softcap: float | None) -> None:
+        """Raises UsageError where keys have a centre that softmax would not ignore."""
+        if self.centre is not None and softcap is not None:
+            raise UsageError(
+                "softcap bends scores, so that a centre of the keys would change the result; make the cache without "
+                "centres"
+            )
 
     def slots(self) -> NDArray[np.int64]:
         """int64 [lanes, T]: page · N + slot of every new row."""

@@ -102,7 +102,7 @@ class Plan:
         """See `ops.reads.Plan.append`."""
         if self._slots is None:
             self._slots = torch.from_numpy(self.reads.slots()).to(self.pages.device)
-        flat = {name: x.flatten(0, 1) for name, x in rows.items()}
+        flat = {name: x.flatten(0, 1) for name, x in self.reads.centred(lanes, rows).items()}
         paged.write(self.pages, self.reads.layout, self.reads.page_size, self._slots[lanes].t().reshape(-1), flat)
 
     def attend(
@@ -117,6 +117,7 @@ class Plan:
         want_mass: bool = False,
     ) -> Partial:
         """See `ops.reads.Plan.attend`."""
+        self.reads.check(softcap)
         if self.reads.chooses(lanes):
             reads, origins = quest.narrowed(self.reads, lanes, q)
             found = Plan(self.pages, reads).attend(
@@ -125,8 +126,7 @@ class Plan:
             )  # fmt: skip
             whole = None if found.mass is None else quest.gathered(found.mass, origins, self.reads)
             return Partial(found.out, found.lse, whole)
-        q = _rotated(q, self.reads.layout) * scale
-        ask = _Ask(self.pages, self.reads, lanes, q, softcap, bias)
+        ask = _Ask(self.pages, self.reads, lanes, _rotated(q, self.reads.layout) * scale, softcap, bias)
         found = self._over(self.blocks, ask, want_lse or want_mass or bool(self.kept))
         if self.kept:
             found = merge(found, self._over(self.kept, ask, True))
@@ -138,7 +138,8 @@ class Plan:
                 mass = _mass(ask, block, found.lse)
                 for i, member in enumerate(block.members.tolist()):
                     masses[member].index_add_(1, block.places[i], mass[:, i])
-        return Partial(found.out, found.lse if want_lse else None, masses)
+        lse = self.reads.whole(lanes, q, scale, found.lse) if want_lse and found.lse is not None else None
+        return Partial(found.out, lse, masses)
 
     def _over(self, blocks: list[Block], ask: _Ask, want_lse: bool) -> Partial:
         """Attention over the rows of some blocks; of tokens that ask none of them, nothing."""

@@ -2,6 +2,9 @@
 
     cache = batch · Σ over layers of heads · rows · widths · bytes        rows = min(length, window + sinks)
 
+Where a policy chooses which rows stay, the length is that of a prompt: bytes are those once it has chosen, and beside
+them the most on the way there. Prompts are taken to come in one after another.
+
 For plain multi-head attention that is the textbook's 2 · bytes · layers · d_model · length · batch; a plan prints both
 with their numbers in, and says why they differ where heads are shared, rows are latents or layers have windows.
 """
@@ -13,11 +16,12 @@ from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
+from kvik.cache.policy import Policy, When
 from kvik.cache.retention import Retention
 from kvik.cache.spec import Bytes, Group, Spec, parse_rules
 from kvik.errors import UsageError
 from kvik.plan.find import lookup
-from kvik.plan.formula import Term, reasons, term, textbook
+from kvik.plan.formula import Term, reasons, stays, term, textbook
 from kvik.plan.shapes import ModelShape
 from kvik.plan.share import sharing
 from kvik.plan.wellknown import known_models
@@ -115,19 +119,30 @@ class Plan:
 
     @cached_property
     def per_token_later(self) -> Bytes:
-        """What one token adds once all windows are full: the rows of the layers that still grow."""
+        """What one token adds once all windows are full, and all bounds reached: the rows of what still grows."""
         groups = self.spec.groups if self.spec else ()
-        return sum((_row(g) for g in groups if g.retention.window is None), Bytes(0, 0))
+        return sum((_later(g) for g in groups), Bytes(0, 0))
 
     @cached_property
     def cross(self) -> Bytes:
         """What cross-attention keeps for one sequence, whatever its length."""
-        return self.cross_spec.nbytes(self.shape.source) if self.cross_spec else Bytes(0, 0)
+        return self.cross_spec.nbytes(0, source=self.shape.source) if self.cross_spec else Bytes(0, 0)
 
     @cached_property
     def per_sequence(self) -> Bytes:
         """One sequence of `tokens` tokens, cross-attention included."""
         return self._held(self.tokens)
+
+    @cached_property
+    def peak(self) -> int:
+        """The most bytes that the batch allocates on its way, prompts coming in one after another."""
+        return self._needed(self.batch, self.tokens)
+
+    @cached_property
+    def policies(self) -> tuple[Policy, ...]:
+        """Those of the spec, each once."""
+        found = (group.retention.policy for group in (self.spec.groups if self.spec else ()))
+        return tuple(dict.fromkeys(policy for policy in found if policy is not None))
 
     @cached_property
     def total(self) -> Bytes:
@@ -171,8 +186,8 @@ class Plan:
             return None
         room = max(0, self.memory - self.weight_bytes)
         enough = self.memory >= self.weight_bytes
-        each = self._peak(self.tokens)
-        batch = (room // each if each else MOST_SEQUENCES) if enough else 0
+        first, each = self._needed(1, self.tokens), self._needed(2, self.tokens) - self._needed(1, self.tokens)
+        batch = (1 + (room - first) // each if each else MOST_SEQUENCES) if enough and first <= room else 0
         above = self._first_above(room) if enough else 1
         tokens = None if above is None else above - 1
         return Fit(self.memory, room, batch >= self.batch, batch, tokens)
@@ -184,33 +199,29 @@ class Plan:
         own = self.shape.context
         if own is not None and self.spec is not None and self.tokens > self.spec.longest(own):
             notes.append(f"{self.tokens:,} tokens are more than the {own:,} that the model was made for")
+        windowed = sum(layer.window is not None for layer in self.shape.layers)
+        if windowed and any(rule.retention.policy is not None for rule in parse_rules(self.kv)[0]):
+            notes.append(f"{windowed} layers have a window of their own, which stays as it is: no policy chooses there")
         return tuple(notes)
 
     def _held(self, tokens: int) -> Bytes:
-        """Bytes of one sequence of `tokens` tokens: by the Spec, and beyond all windows page by page from there."""
-        if self.spec is None:
-            return Bytes(0, 0)
-        page = self.spec.page_size
-        windows = [(g.retention.window or 0) + g.retention.sinks for g in self.spec.groups]
-        start = -(-max(windows) // page) * page + 2 * page
-        pages, rest = divmod(max(0, tokens - start), page)
-        base = self.spec.nbytes(min(tokens, start + rest))
-        later = self.spec.nbytes(start + rest + page) if pages else base
-        growth = Bytes(pages * (later.payload - base.payload), pages * (later.overhead - base.overhead))
-        return base + growth + self.cross
+        """Bytes of one sequence of `tokens` tokens."""
+        return self.cross if self.spec is None else self.spec.nbytes(tokens) + self.cross
 
-    def _peak(self, tokens: int) -> int:
-        """The most bytes that one sequence holds on its way to `tokens`: at most at the first row of a page."""
+    def _needed(self, batch: int, tokens: int) -> int:
+        """The most bytes that a batch holds on its way to `tokens` tokens each: the last sequence at its peak, the
+        others as they are from the end of their prompts on."""
         if tokens < 1 or self.spec is None:
-            return self.cross.allocated
-        opened = tokens - (tokens - 1) % self.spec.page_size
-        return max(self._held(tokens).allocated, self._held(opened).allocated)
+            return batch * self.cross.allocated
+        settled = sum(_settled(replace(self.spec, groups=(group,)), tokens) for group in self.spec.groups)
+        peak = self.spec.peak(tokens).allocated
+        return batch * self.cross.allocated + (batch - 1) * min(settled, peak) + peak
 
     def _first_above(self, limit: int) -> int | None:
         """The shortest length at which the batch holds more than `limit` bytes; None = none does."""
 
         def above(tokens: int) -> bool:
-            return self.batch * self._peak(tokens) > limit
+            return self._needed(self.batch, tokens) > limit
 
         high = 1
         while not above(high):
@@ -241,6 +252,8 @@ class Plan:
                 "per_sequence": _figures(self.per_sequence),
                 "cross_attention_per_sequence": _figures(self.cross),
                 "total": _figures(self.total),
+                "peak": self.peak,
+                "policies": [{"policy": str(each), "rows": stays(each, self.tokens)} for each in self.policies],
             },
             "formula": [{"text": t.text, "bytes": t.payload} for t in self.terms],
             "textbook": None
@@ -269,8 +282,10 @@ def make_plan(
     batch: int = 1,
     weights: str | None = None,
     memory: int | None = None,
+    source: int | None = None,
 ) -> Plan:
     """A plan for a known shape; see `run_plan`."""
+    shape = _reading(shape, source)
     tokens = shape.context if context is None else context
     if tokens is None:
         raise UsageError(
@@ -278,14 +293,14 @@ def make_plan(
         )
     _whole("--context", tokens, MOST_TOKENS)
     _whole("--batch", batch, MOST_SEQUENCES)
-    rules, page_size = parse_rules(kv)
-    spec = Spec.parse(kv, shape.layers) if shape.layers else None
+    parse_rules(kv)
+    spec = cross = None
+    if shape.layers:
+        whole = Spec.parse(kv, [*shape.layers, *(replace(layer, source=True) for layer in shape.cross)])
+        spec = replace(whole, groups=tuple(group for group in whole.groups if not group.source))
+        cross = replace(whole, groups=tuple(group for group in whole.groups if group.source)) if shape.cross else None
     if spec is not None and shape.context is not None:
         spec.longest(shape.context)  # complains where a window is wider
-    cross = None
-    if shape.cross:
-        whole = "; ".join([str(replace(rule, retention=Retention())) for rule in rules] + [f"page {page_size}"])
-        cross = Spec.parse(whole, shape.cross)
     return Plan(shape, spec, cross, kv, tokens, batch, _weight_format(shape, weights), memory)
 
 
@@ -297,6 +312,7 @@ def run_plan(
     kv: str = "f16",
     weights: str | None = None,
     memory: str | None = None,
+    source: int | None = None,
     share: str | None = None,
 ) -> Plan:
     """What `kvik plan` prints.
@@ -308,6 +324,7 @@ def run_plan(
         kv: a spec string.
         weights: `f32`, `bf16`, `f16`, `int8` or `int4`; default: as the model comes.
         memory: a size such as `8GiB`.
+        source: rows of the source that each sequence reads; default: the most that the model was made for.
         share: layers read the rows of others, by a rule of `cache/sharing.py`.
 
     Raises:
@@ -318,12 +335,22 @@ def run_plan(
     """
     room = None if memory is None else parse_bytes(memory, "--memory")
     shape = lookup(model) if share is None else sharing(lookup(model), share)
-    return make_plan(shape, kv=kv, context=context, batch=batch, weights=weights, memory=room)
+    return make_plan(shape, kv=kv, context=context, batch=batch, weights=weights, memory=room, source=source)
 
 
 def list_plans(kv: str = "f16", weights: str | None = None) -> list[Plan]:
     """A plan for every well-known model at its full context, smallest first. Specs that fit only some models raise."""
     return [make_plan(shape, kv=kv, weights=weights) for shape in known_models()]
+
+
+def _reading(shape: ModelShape, source: int | None) -> ModelShape:
+    """The shape with a source of so many rows; None = as many as it was made for."""
+    if source is None:
+        return shape
+    if not shape.cross:
+        raise UsageError(f"{shape.name} reads no source beside its text (no cross-attention); leave --source out")
+    _whole("--source", source, MOST_TOKENS)
+    return replace(shape, source=source)
 
 
 def _whole(option: str, value: int, most: int) -> None:
@@ -344,6 +371,24 @@ def _row(group: Group) -> Bytes:
     payload = len(group.lanes) * group.layout.payload_bits // 8
     page = replace(group, retention=Retention()).nbytes(group.page_size)
     return Bytes(payload, -(-page.allocated // group.page_size) - payload)
+
+
+def _later(group: Group) -> Bytes:
+    """What one more token adds when rows have begun to leave."""
+    policy, row = group.retention.policy, _row(group)
+    if policy is None:
+        return row if group.retention.window is None else Bytes(0, 0)
+    part = Fraction(1) if policy.trigger.every is None else policy.budget.amount / 100
+    part = Fraction(0) if policy.trigger.when is When.FULL else part
+    return Bytes(int(row.payload * part), int(row.overhead * part))
+
+
+def _settled(spec: Spec, tokens: int) -> int:
+    """The most bytes of a group from the end of a prompt of `tokens` tokens on, as long as it grows no longer."""
+    policy = spec.groups[0].retention.policy
+    if policy is None or policy.trigger.when is not When.PROMPT:
+        return spec.peak(tokens).allocated
+    return spec.nbytes(tokens).allocated
 
 
 def _times(size: Bytes, count: int) -> Bytes:

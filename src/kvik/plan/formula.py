@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+from kvik.cache.policy import Policy, When
 from kvik.cache.spec import Group, Spec
 from kvik.plan.shapes import ModelShape
 
@@ -30,7 +31,7 @@ class Term:
 
 def term(group: Group, tokens: int, batch: int, unit: str = "tokens") -> Term:
     """What one group keeps of `batch` sequences, as a product."""
-    rows = group.retention.rows(tokens)
+    rows = group.rows(tokens)
     kept = f"{tokens:,} {unit}" if rows == tokens else f"{rows:,} of {tokens:,} {unit}"
     payload = batch * len(group.lanes) * rows * group.layout.payload_bits // 8
     return Term(f"{_streams(group)} · {_lanes(group)}{_wide(group)} · {kept} · {_sequences(batch)}", payload)
@@ -65,8 +66,26 @@ def reasons(shape: ModelShape, spec: Spec, tokens: int) -> Iterator[str]:
     for window, count in windows.items():
         yield f"{count} of {len(shape.layers)} layers see the last {window:,} tokens alone"
     own = sum(layer.heads * min(tokens, layer.window or tokens) for layer in keeping)
-    if sum(len(g.lanes) * g.retention.rows(tokens) for g in spec.groups) < own:
-        yield f"the spec {spec} keeps fewer rows than the model sees"
+    if sum(len(g.lanes) * g.rows(tokens) for g in spec.groups) < own:
+        yield "the spec keeps fewer rows than the model sees"
+
+
+def stays(policy: Policy, tokens: int) -> str:
+    """What a policy's budget is a part of, when it is taken, and what stays besides, after a prompt of some tokens."""
+    trigger, amount = policy.trigger, f"{float(policy.budget.amount):g}"
+    who = {"ada": ", on average over a layer's heads", "pyramid": ", lower layers more, on average over all heads"}
+    shared = who.get(policy.allocator, ", on average over all heads" if policy.allocator != "uniform" else "")
+    if trigger.when is When.NEVER:
+        return f"all; a query reads {amount} pages of each head"
+    if trigger.when is When.FULL:
+        every, bound = trigger.every or 1, int(policy.budget.amount)
+        text = f"{bound:,} a head{shared}, chosen after every {every:,} positions, in the prompt too; "
+        return text + f"up to {bound + every:,} in between"
+    text = f"{amount} % of the prompt's tokens{shared}, chosen as the prompt ends (here after {tokens:,})"
+    again = f"; and of all so far after every {trigger.every:,} more" if trigger.every else "; later rows all stay"
+    fixed = policy.sinks + policy.recent
+    more = f"; the first {policy.sinks} and the last {policy.recent} always stay"
+    return text + again + more * (policy.budget_at(tokens) <= fixed)
 
 
 def _streams(group: Group) -> str:

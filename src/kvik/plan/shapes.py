@@ -7,105 +7,19 @@ by formula, tied embeddings once, exactly as `sum(p.numel() for p in model.param
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from kvik.cache.spec import LayerShape
 from kvik.errors import ConfigError
+from kvik.plan import readers
+from kvik.plan.shape import Config as _Config
+from kvik.plan.shape import ModelShape, kv, latent
 
-ENCODER_ONLY = "every token sees later ones, so nothing computed for a prefix stays valid"
-_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-_LARGEST = 10**9  # no width, vocabulary or context of any model comes near it; nor do its layers and heads to 10,000
+__all__ = ["FAMILIES", "ModelShape", "from_config"]
 
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A model, as far as planning needs it.
-
-    Attributes:
-        name: for people.
-        family: its `model_type`.
-        parameters: exact count, None = unknown.
-        layers: what each self-attention layer keeps of a token; empty for encoder-only models.
-        cross: what each cross-attention layer keeps of a source row; filled once, it does not grow.
-        source: source rows that `cross` is filled with (T5: tokens, Whisper: frames).
-        d_model: width of the residual stream.
-        query_heads: heads that read, the KV heads of `layers` being those that are read.
-        head_dim: width of a query head.
-        context: positions that the model was made for, None = not said.
-        weights: number format that the weights come in (`f32`, `f16`, `bf16`).
-        stored: bytes of the weights as a file holds them, where a file was read.
-        notes: what the reader should know about the numbers.
-        kv_parameters: of a layer's projections to k and v, which a layer that reads another's rows lacks; None = no
-            layer of the family can (`plan/share.py`).
-    """
-
-    name: str
-    family: str
-    parameters: int | None
-    layers: tuple[LayerShape, ...]
-    d_model: int
-    query_heads: int
-    head_dim: int
-    context: int | None
-    cross: tuple[LayerShape, ...] = ()
-    source: int = 0
-    weights: str = "f16"
-    stored: int | None = None
-    notes: tuple[str, ...] = ()
-    kv_parameters: int | None = None
-
-
-class _Config:
-    """A config with whole numbers taken by name. The family's defaults stand in for absent keys; null is none."""
-
-    def __init__(self, raw: Mapping[str, Any], **defaults: Any) -> None:
-        self.raw = {**defaults, **raw}
-
-    def __call__(self, *names: str, least: int = 1) -> int:
-        """The first of the keys `names` that is there, as a whole number."""
-        name = next((n for n in names if self.raw.get(n) is not None), None)
-        if name is None:
-            raise ConfigError(f"config has no {' or '.join(names)}: the cache can't be sized without it")
-        value = self.raw[name]
-        most = 10_000 if "layer" in name or "head" in name else _LARGEST
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ConfigError(
-                f"config: {name} is {str(value)[:40]!r}, but must be a whole number from {least} to {most}"
-            )
-        return value
-
-    def maybe(self, *names: str) -> int | None:
-        """The same, or None where none of the keys is there."""
-        return self(*names) if any(self.raw.get(n) is not None for n in names) else None
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        """A true or false."""
-        value = self.raw.get(name)
-        return default if value is None else bool(value)
-
-    def heads(self) -> tuple[int, int, int]:
-        """(query heads, KV heads, width of a head)."""
-        heads = self("num_attention_heads", "n_head", "num_heads")
-        kv = self.maybe("num_key_value_heads") or heads
-        if heads % kv:
-            raise ConfigError(f"config: {heads} query heads can't share {kv} KV heads evenly")
-        return heads, kv, self.maybe("head_dim") or self("hidden_size", "n_embd", "d_model") // heads
-
-    @property
-    def weights(self) -> str:
-        """The number format of the weights, f16 where the config does not say."""
-        return _DTYPES.get(str(self.raw.get("torch_dtype") or self.raw.get("dtype")).removeprefix("torch."), "f16")
-
-
-def kv(heads: int, width: int, window: int | None = None, turned: bool = False) -> LayerShape:
-    """A layer of ordinary attention: k and v of each KV head; `turned`: positions turn k, by whatever angles."""
-    return LayerShape(heads, (("k", width), ("v", width)), window, () if turned else None)
-
-
-def latent(width: int, rope: int) -> LayerShape:
-    """A layer of latent attention (MLA, arXiv:2405.04434): one latent and one rotated key for all heads."""
-    return LayerShape(1, (("latent", width), ("rope", rope)))
+ENCODER_ONLY = (
+    "it reads the whole text at once; every token sees later ones, so nothing computed for a prefix stays valid"
+)
 
 
 def from_config(config: Mapping[str, Any], name: str | None = None) -> ModelShape:
@@ -299,62 +213,6 @@ def _deepseek(c: _Config) -> ModelShape:
     return replace(shape, layers=(latent(rank, rope),) * layers)
 
 
-def _t5(c: _Config) -> ModelShape:
-    c = _Config(c.raw, tie_word_embeddings=True, relative_attention_num_buckets=32, feed_forward_proj="relu")
-    d, inner, ff, heads = c("d_model"), c("num_heads") * c("d_kv"), c("d_ff"), c("num_heads")
-    encoder = c("num_layers")
-    decoder = c.maybe("num_decoder_layers") or encoder
-    attention = 4 * d * inner + d  # and its norm
-    ffn = (3 if str(c.raw["feed_forward_proj"]).startswith("gated") else 2) * d * ff + d
-    bias = 2 * c("relative_attention_num_buckets") * heads
-    tied = 1 if c.flag("tie_word_embeddings") else 2
-    blocks = encoder * (attention + ffn) + decoder * (2 * attention + ffn) + 2 * d
-    source = c.maybe("n_positions") or 512
-    return ModelShape(
-        name=str(c.raw["model_type"]),
-        family=str(c.raw["model_type"]),
-        parameters=blocks + bias + tied * c("vocab_size") * d,
-        layers=(kv(heads, c("d_kv")),) * decoder,
-        d_model=d,
-        query_heads=heads,
-        head_dim=c("d_kv"),
-        context=source,
-        cross=(kv(heads, c("d_kv")),) * decoder,
-        source=source,
-        weights=c.weights,
-        notes=(f"relative positions: trained on {source} tokens, more are possible",),
-    )
-
-
-def _whisper(c: _Config) -> ModelShape:
-    c = _Config(c.raw, max_source_positions=1500, max_target_positions=448, num_mel_bins=80)
-    d, mels, source = c("d_model"), c("num_mel_bins"), c("max_source_positions")
-    heads, target, vocab = c("decoder_attention_heads"), c("max_target_positions"), c("vocab_size")
-    attention = 4 * d * d + 3 * d + 2 * d  # k has no bias; and its norm
-
-    def ffn(ff: int) -> int:
-        return 2 * d * ff + ff + d + 2 * d
-
-    encoder = c("encoder_layers") * (attention + ffn(c("encoder_ffn_dim"))) + 2 * d
-    encoder += 3 * mels * d + d + 3 * d * d + d + source * d  # two convolutions, positions
-    decoder = c("decoder_layers") * (2 * attention + ffn(c("decoder_ffn_dim"))) + 2 * d + (vocab + target) * d
-    layer = kv(heads, d // heads)
-    return ModelShape(
-        name="whisper",
-        family="whisper",
-        parameters=encoder + decoder,
-        layers=(layer,) * c("decoder_layers"),
-        d_model=d,
-        query_heads=heads,
-        head_dim=d // heads,
-        context=target,
-        cross=(layer,) * c("decoder_layers"),
-        source=source,
-        weights=c.weights,
-        notes=(f"cross-attention keeps {source} frames (30 s of sound), whatever the length of the text",),
-    )
-
-
 def _bert(c: _Config) -> ModelShape:
     c = _Config(c.raw, type_vocab_size=2)
     d, ff, layers = c("hidden_size"), c("intermediate_size"), c("num_hidden_layers")
@@ -376,6 +234,7 @@ def _unknown(c: _Config) -> ModelShape:
 
 
 FAMILIES: dict[str, Callable[[_Config], ModelShape]] = {
+    "bart": readers.bart,
     "bert": _bert,
     "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek,
@@ -386,15 +245,16 @@ FAMILIES: dict[str, Callable[[_Config], ModelShape]] = {
     "gemma3_text": _gemma,
     "gpt2": _gpt2,
     "llama": _llama,
+    "marian": readers.bart,
     "mistral": _mistral,
     "mixtral": _mistral,
-    "mt5": _t5,
+    "mt5": readers.t5,
     "opt": _opt,
     "phi3": _phi3,
     "qwen2": _qwen,
     "qwen3": _qwen,
     "roberta": _bert,
-    "t5": _t5,
-    "whisper": _whisper,
+    "t5": readers.t5,
+    "whisper": readers.whisper,
     "xlm-roberta": _bert,
 }

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvik.plan.arithmetic import Plan
+from kvik.plan.formula import stays
 from kvik.units import format_bytes, format_count
 
 
@@ -95,7 +96,7 @@ def _sizes(plan: Plan) -> Table:
     kv = plan.kv if len(plan.kv) < 12 else "as below"
     add(f"cache, {kv}: a token", plan.per_token.payload)
     if plan.per_token != plan.per_token_later:
-        add("  a token, windows full", plan.per_token_later.payload)
+        add("  a token, once rows leave" if plan.policies else "  a token, windows full", plan.per_token_later.payload)
     if plan.cross_spec:
         add(f"  {plan.shape.source:,} source rows, once", plan.cross.payload)
     if plan.batch > 1:
@@ -103,6 +104,8 @@ def _sizes(plan: Plan) -> Table:
     add(f"  {_scope(plan)}", plan.total.payload, "bold")
     add("  + scales, tables, open pages", plan.total.overhead)
     add("  = allocated", plan.total.allocated)
+    if plan.policies and plan.peak > plan.total.allocated:
+        add("  at most, on the way there", plan.peak)
     return table
 
 
@@ -117,6 +120,8 @@ def _facts(plan: Plan) -> Table:
     _add_lines(table, "formula", _formula(plan))
     if len(plan.kv) >= 12:
         table.add_row("spec", plan.kv)
+    for policy in plan.policies:
+        table.add_row("rows", f"{policy}: {stays(policy, plan.tokens)}")
     if plan.textbook:
         table.add_row("textbook", f"{plan.textbook.text} = {plan.textbook.payload:,} B")
         table.add_row("", _verdict(plan))
@@ -124,7 +129,7 @@ def _facts(plan: Plan) -> Table:
         table.add_row("weights", f"{plan.shape.parameters:,} · {plan.weights.formula}")
     if plan.spec and plan.weight_bytes is not None:
         each = " a sequence" if plan.batch > 1 else ""
-        table.add_row("outweighs", _outweighs(plan.outweighs, each))
+        table.add_row("outweighs", _outweighs(plan, each))
     if plan.memory is not None:
         _add_lines(table, "memory", _fit(plan))
     _add_lines(table, "note", plan.notes)
@@ -158,10 +163,10 @@ def _verdict(plan: Plan) -> Text:
     return Text(f"{size} too {'much' if ratio > 1 else 'little'}: {why}", "yellow")
 
 
-def _outweighs(tokens: int | None, each: str) -> str:
-    if tokens is None:
-        return "never: the windows bound the cache below the weights"
-    return f"the weights from {tokens:,} tokens{each}"
+def _outweighs(plan: Plan, each: str) -> str:
+    if plan.outweighs is None:
+        return f"never: the {'spec bounds' if plan.policies else 'windows bound'} the cache below the weights"
+    return f"the weights from {plan.outweighs:,} tokens{each}" + ", on the way there" * bool(plan.policies)
 
 
 def _fit(plan: Plan) -> list[str | Text]:
@@ -176,10 +181,11 @@ def _fit(plan: Plan) -> list[str | Text]:
     if plan.spec is None:
         return [verdict]
     longest = "any" if fit.tokens is None else f"{fit.tokens:,} tokens" if fit.tokens else "none"
+    turns = ", prompts one after another" * bool(plan.policies)
     plural = "sequence" if plan.batch == 1 else "sequences"
     return [
         verdict,
-        f"largest batch at {plan.tokens:,} tokens: {f'{fit.batch:,}' if fit.batch else 'none'}",
+        f"largest batch at {plan.tokens:,} tokens{turns}: {f'{fit.batch:,}' if fit.batch else 'none'}",
         f"longest context with {plan.batch:,} {plural}: {longest}",
     ]
 

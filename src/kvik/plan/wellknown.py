@@ -64,6 +64,12 @@ def _t5(layers: int, d: int, ff: int, heads: int, width: int) -> Config:
     return {"model_type": "t5", "num_layers": layers, **sizes}
 
 
+def _bart(kind: str, layers: int, d: int, ff: int, heads: int, vocab: int, positions: int) -> Config:
+    sizes = {"layers": layers, "ffn_dim": ff, "attention_heads": heads}
+    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in sizes.items()}
+    return {"model_type": kind, "d_model": d, "vocab_size": vocab, "max_position_embeddings": positions, **sides}
+
+
 def _whisper(layers: int, d: int, heads: int, vocab: int, mels: int = 80) -> Config:
     sides = {
         f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", layers), ("ffn_dim", 4 * d))
@@ -128,6 +134,10 @@ CONFIGS: dict[str, Config] = {
     "t5-base": _t5(12, 768, 3072, 12, 64),
     "t5-large": _t5(24, 1024, 4096, 16, 64),
     "t5-11b": _t5(24, 1024, 65536, 128, 128),
+    # arXiv:1910.13461; Marian's English to German of OPUS-MT
+    "bart-base": _bart("bart", 6, 768, 3072, 12, 50265, 1024),
+    "bart-large": _bart("bart", 12, 1024, 4096, 16, 50265, 1024),
+    "opus-mt-en-de": _bart("marian", 6, 512, 2048, 8, 58101, 512),
     # arXiv:2212.04356
     "whisper-tiny.en": _whisper(4, 384, 6, 51864),
     "whisper-base": _whisper(6, 512, 8, 51865),

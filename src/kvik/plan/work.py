@@ -6,8 +6,8 @@ query-key pairs, a head     n(n+1)/2           n(n+1)(n+2)/6       each step ask
 rows read, a lane           n(n+1)/2           n(n+1)/2            the same: kept rows are still read every step
 weights read                n times            n times
 
-(full attention; a window w puts min(length, w) for the length.) A step without a cache is a step whose chunk is the
-whole text: one function counts both.
+(full attention; a window w puts min(length, w) for the length, a policy what stays of it.) A step without a cache is a
+step whose chunk is the whole text: one function counts both.
 
 A layer that reads the rows of another (`cache/sharing.py`) computes none, and reads them as if they were its own. The
 last layer that keeps rows is the last that all tokens pass; then only those whose logits are wanted: one a sequence.
@@ -37,7 +37,7 @@ class Work:
         pairs: of a query and a key that it sees.
         products: floating-point operations of projections, feed-forward parts and the head.
         attention: floating-point operations of scores and of mixing values.
-        weights_read: bytes of weights.
+        weights_read: bytes of weights, without tables of which a step takes single rows.
         rows_read: bytes of stored rows, scales included, each row once a step and layer that reads it.
     """
 
@@ -73,6 +73,8 @@ class Arithmetic:
         row_weights: weights that every row is multiplied with; see `Model`.
         head_weights: weights that a row is multiplied with whose logits are wanted; see `Model`.
         weight_bytes: of all of them as they are held.
+        read_bytes: of those that every step reads: embeddings only where they are the head too.
+        prompt: tokens of the text that are its prompt, at whose end a policy may choose; None = all but a step's own.
     """
 
     spec: Spec
@@ -81,13 +83,16 @@ class Arithmetic:
     row_weights: int
     head_weights: int
     weight_bytes: int
+    read_bytes: int
+    prompt: int | None = None
 
     @classmethod
-    def of(cls, model: Model, kv: str = "bf16") -> Arithmetic:
+    def of(cls, model: Model, kv: str = "bf16", prompt: int | None = None) -> Arithmetic:
         """A loaded model's."""
         plain = model.spec("f32")
         shared = model.config.heads // model.config.kv_heads
-        return cls(model.spec(kv), plain, shared, model.row_weights, model.head_weights, model.nbytes)
+        products = model.row_weights, model.head_weights
+        return cls(model.spec(kv), plain, shared, *products, model.nbytes, model.read_bytes, prompt)
 
     def step(self, tokens: int, *, cached: bool = True, chunk: int = 1, batch: int = 1) -> Work:
         """One step, at whose end each of `batch` sequences has `tokens` tokens.
@@ -95,21 +100,22 @@ class Arithmetic:
         Args:
             tokens: length, the new tokens included.
             cached: whether the rows of the earlier tokens are kept; if not, the chunk is the whole text.
-            chunk: new tokens of each sequence.
+            chunk: new tokens of each sequence; none passes a position at which a policy chooses (`cuts`).
             batch: sequences; the weights are read once for all of them.
         """
         spec = self.spec if cached else self.plain
         chunk = chunk if cached else tokens
+        prompt = tokens - chunk if self.prompt is None else self.prompt
         rows = pairs = attention = read = 0
         for group in spec.groups:
             rows += len(group.lanes) * chunk
             for lanes, queries in zip(_readings(spec, group), (chunk, 1), strict=True):
-                mine = lanes * self.shared * (_seen(group.retention, tokens) - _seen(group.retention, tokens - queries))
+                mine = lanes * self.shared * _pairs(group, tokens, queries, prompt)
                 pairs += mine
                 attention += 2 * mine * (sum(key.width for key in group.layout.keys) + group.layout.value.width)
-                read += lanes * _read(group, tokens, queries) * group.layout.row_bytes
+                read += lanes * _read(group, tokens, queries, prompt) * group.layout.row_bytes
         products = 2 * (chunk * self.row_weights + self.head_weights)
-        return Work(batch * rows, batch * pairs, batch * products, batch * attention, self.weight_bytes, batch * read)
+        return Work(batch * rows, batch * pairs, batch * products, batch * attention, self.read_bytes, batch * read)
 
     def text(self, tokens: int, *, cached: bool = True, prefill: int = 1) -> Work:
         """All steps of a text: a first one of `prefill` tokens at the most, then one for each further token."""
@@ -118,6 +124,17 @@ class Arithmetic:
         for length in range(prefill + 1, tokens + 1):
             work += self.step(length, cached=cached)
         return work
+
+    def cuts(self, tokens: int, most: int) -> list[tuple[int, int]]:
+        """How a prompt goes in: (end, tokens) of chunks of so many at the most, cut where a policy chooses."""
+        found, start = [], 0
+        triggers = [group.retention.policy for group in self.spec.groups]
+        while start < tokens:
+            at = [it.next_trigger(start, tokens, self.spec.page_size) for it in triggers if it is not None]
+            stop = min(start + most, tokens, *(each for each in at if each is not None))
+            found.append((stop, stop - start))
+            start = stop
+        return found
 
     @property
     def equal_work(self) -> int | None:
@@ -129,13 +146,26 @@ class Arithmetic:
         """The length at which the cache has as many bytes to read as the weights; None = never."""
         return self._first(lambda work: work.rows_read >= work.weights_read)
 
+    @property
+    def equal_held(self) -> int | None:
+        """The length at which the cache's payload has as many bytes as all weights; None = never."""
+        rows = [(group.retention, len(group.lanes) * group.layout.payload_bits) for group in self.spec.groups]
+        return _first(lambda tokens: sum(kept.rows(tokens) * bits for kept, bits in rows) >= 8 * self.weight_bytes)
+
     def _first(self, reached: Callable[[Work], bool]) -> int | None:
-        high = 1
-        while not reached(self.step(high)):
-            high *= 2
-            if high > 1 << 40:
-                return None
-        return bisect_left(range(1, high + 1), True, key=lambda tokens: reached(self.step(tokens))) + 1
+        """See `_first`. Where rows leave at a prompt's end it may hold for a while before."""
+        least = 0 if self.prompt is None or reached(self.step(self.prompt + 1)) else self.prompt
+        return _first(lambda tokens: reached(self.step(tokens)), least)
+
+
+def _first(reached: Callable[[int], bool], least: int = 0) -> int | None:
+    """The first length above `least` from which on something holds; None = there is none."""
+    high = least + 1
+    while not reached(high):
+        high *= 2
+        if high > 1 << 40:
+            return None
+    return bisect_left(range(least + 1, high + 1), True, key=reached) + least + 1
 
 
 def _readings(spec: Spec, group: Group) -> tuple[int, int]:
@@ -156,6 +186,16 @@ def _seen(retention: Retention, tokens: int) -> int:
     return most * (most + 1) // 2 + (tokens - most) * most
 
 
-def _read(group: Group, tokens: int, chunk: int) -> int:
+def _pairs(group: Group, tokens: int, chunk: int, prompt: int) -> int:
+    """Rows that a chunk's queries see, one query of each, added up. Each sees what is left of the tokens before it, and
+    itself."""
+    if group.retention.policy is None:
+        return _seen(group.retention, tokens) - _seen(group.retention, tokens - chunk)
+    return sum(group.rows(before, prompt) + 1 for before in range(tokens - chunk, tokens))
+
+
+def _read(group: Group, tokens: int, chunk: int, prompt: int) -> int:
     """Rows of a lane that a chunk's queries see together."""
-    return min(tokens, group.retention.rows(tokens) + chunk - 1)
+    if group.retention.policy is None:
+        return min(tokens, group.rows(tokens) + chunk - 1)
+    return group.rows(tokens - chunk, prompt) + chunk

@@ -6,6 +6,8 @@ const count = data.tokens.length,
   ends = data.steps.map((step) => step.end);
 const state = { step: 0, layer: data.layer, head: data.head };
 let playing = 0;
+/** Whether a policy lets rows go, lane by lane; else they are hidden by a window, if at all. */
+const lets = data.hides === "every row";
 
 function make(tag, className, text) {
   const element = document.createElement(tag);

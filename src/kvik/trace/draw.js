@@ -240,7 +240,7 @@ function tellPair(step, query, row) {
   if (row > query) return `${step.name(query)}\ncan't see what comes later`;
   return (
     `${step.name(query)} → ${step.name(row)}\n` +
-    (step.sees(query, row) ? percent(step.weight(query, row)) : "hidden by the window")
+    (step.sees(query, row) ? percent(step.weight(query, row)) : lets ? "let go by the policy" : "hidden by the window")
   );
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvik.cache.relative import turned_back
 from kvik.cache.retention import Retention
+from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Group, Spec
 from kvik.models.watch import Chunk, Watch
 from kvik.ops.reads import Partial, visible
@@ -117,7 +118,8 @@ class Tally:
         self.asked: dict[int, Asked] = {}
         self._rows = np.zeros((layers, lanes), np.int64)
         self._pairs = np.zeros((layers, heads), np.int64)
-        self._held: dict[int, list[int]] = {}
+        self._held: dict[int, list[int]] = {}  # by layer, positions appended so far
+        self._left: dict[tuple[int, int], NDArray[np.int64]] = {}  # by lane under a policy, what it has left of them
 
     @property
     def counted(self) -> Counted:
@@ -127,6 +129,14 @@ class Tally:
     def begin(self) -> None:
         """The next rows belong to another sequence; counts go on."""
         self._held.clear()
+        self._left.clear()
+
+    def settled(self, sequence: KVSequence) -> None:
+        """The sequence has settled: what its policies let go is seen no more."""
+        for table in sequence.tables:
+            if table.kept is not None:
+                positions, _ = table.rows(len(sequence))
+                self._left |= dict(zip(table.group.lanes, positions, strict=True))
 
     def watch(self, step: Chunk) -> Observer:
         """For `Model.run(…, watch=tally.watch)`."""
@@ -143,10 +153,15 @@ class Tally:
         shared = heads // len(lanes)
         asking, held = np.array(positions)[:, None], np.array(self._held[self.readers[layer]])[None, :]
         for lane in lanes:
-            kept = self.groups[layer, lane].retention
-            if kept not in seen:
-                seen[kept] = int(visible(asking, held, kept.window, kept.sinks).sum())
-            self._pairs[layer, lane * shared : (lane + 1) * shared] += seen[kept]
+            kept, left = self.groups[layer, lane].retention, self._left.get((layer, lane))
+            if left is not None:  # lanes let go of different rows
+                mine = np.concatenate((left[left >= 0], positions))[None, :]
+                pairs = int(visible(asking, mine, kept.window, kept.sinks).sum())
+            else:
+                if kept not in seen:
+                    seen[kept] = int(visible(asking, held, kept.window, kept.sinks).sum())
+                pairs = seen[kept]
+            self._pairs[layer, lane * shared : (lane + 1) * shared] += pairs
 
 
 class Observer(Watch):

@@ -67,7 +67,7 @@ function build() {
       : "") +
     "k and v are drawn as the cache holds them, rounded to its precision." +
     (data.hides
-      ? " Without a cache there is no window either, and all pairs are computed; the colours are this cache's numbers where it has them."
+      ? ` Without a cache there is ${data.hides}, and all pairs are computed; the colours are this cache's numbers where it has them.`
       : "");
   const some = data.kept_layers.length < data.layers,
     one = data.kept_heads.length < data.heads;

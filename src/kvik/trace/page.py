@@ -151,6 +151,7 @@ def _data(trace: Trace, layer: int, head: int) -> Facts:
         "lanes": trace.lanes,
         "rotated": trace.rotated,
         "hides": trace.hides,
+        "prompt": trace.prompt,
         "page_rows": trace.page_size,
         "layer": layer,
         "head": head,

@@ -93,7 +93,7 @@ function showBars(at) {
   const unseen = at.to - seen.length;
   by("bars-note").textContent =
     `“${at.token(query)}” asks, and its weights over the rows it sees add up to 100 %.` +
-    (unseen ? ` ${plural(unseen, "row")} behind the window ${unseen === 1 ? "gets" : "get"} none.` : "") +
+    (unseen ? ` ${plural(unseen, "row")} ${lets ? "let go" : "behind the window"} ${unseen === 1 ? "gets" : "get"} none.` : "") +
     (sink
       ? " This head gives most of its weight to the first token, as many do: an attention sink, where weight goes that is not needed elsewhere."
       : "");
@@ -140,7 +140,9 @@ function showCounts(at) {
     law(at.rows, n, (n * (n + 1)) / 2, "n against n(n+1)/2");
   by("pairs-note").textContent =
     (data.hides
-      ? "Behind a window a query sees no more rows than the window has. Without a cache there is no window."
+      ? lets
+        ? "A query sees the rows that the policy has left. Without a cache there is every row."
+        : "Behind a window a query sees no more rows than the window has. Without a cache there is no window."
       : "With the cache only the new query is asked. It still has to look at every row that is kept: that work a cache does not save.") +
     law(at.pairs, (n * (n + 1)) / 2, (n * (n + 1) * (n + 2)) / 6, "n(n+1)/2 against n(n+1)(n+2)/6");
 }
@@ -172,7 +174,7 @@ function showSame() {
   const step = data.steps[state.step],
     same = Math.max(...step.same),
     items = [];
-  const exact = `with f32 rows${data.hides ? " and no window" : ""} (logits; attention outputs ${number(step.plain[1])})`;
+  const exact = `with f32 rows${data.hides ? " and " + data.hides : ""} (logits; attention outputs ${number(step.plain[1])})`;
   for (const [value, text] of [
     [same, `from computing the whole text again under ${data.spec}`],
     [step.plain[0], `from computing it again ${exact}`],
@@ -183,12 +185,12 @@ function showSame() {
   by("same-note").textContent =
     (same === 0 ? "Bit for bit the same: " : "NOT the same: ") +
     "at this step the whole text was really run again from nothing, and its last logits and attention outputs compared. The second number is what this cache's precision" +
-    (data.hides ? " and its window cost." : " costs.");
+    (data.hides ? ` and its ${lets ? "policy" : "window"} cost.` : " costs.");
 }
 
 function showPlace() {
   const step = data.steps[state.step],
-    phase = state.step ? "decode" : "prefill";
+    phase = step.start < data.prompt ? "prefill" : "decode";
   by("where").textContent = `step ${state.step + 1} of ${data.steps.length}`;
   by("phase").textContent = phase;
   by("phase").className = "pill " + phase;
@@ -243,10 +245,12 @@ function showLegend() {
     return item;
   });
   if (data.hides) {
-    for (const [kind, text] of [
-      ["pale", "hidden by the window, but still in a page"],
-      ["hatch", "gone with its page"],
-    ]) {
+    for (const [kind, text] of lets
+      ? [["hatch", "let go by the policy"]]
+      : [
+          ["pale", "hidden by the window, but still in a page"],
+          ["hatch", "gone with its page"],
+        ]) {
       const item = make("li"),
         swatch = make("i", kind);
       if (kind === "pale") swatch.style.background = gradient(palette.ramp.kept);

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik.cache.sequence import Sequence as KVSequence
-from kvik.cache.spec import Bytes
+from kvik.cache.spec import Bytes, Spec
+from kvik.engine.generation import room
 from kvik.errors import ModelError, UsageError
 from kvik.models.model import Model
 from kvik.ops.reads import visible
@@ -83,6 +84,7 @@ class Frame:
 
     Attributes:
         number: 1 for the first.
+        phase: a step of the prompt is prefill, be it of one token.
         start: position of its first new token.
         tokens: T new ids.
         guesses: likeliest next tokens, the likeliest first.
@@ -96,6 +98,7 @@ class Frame:
     """
 
     number: int
+    phase: Literal["prefill", "decode"]
     start: int
     tokens: tuple[int, ...]
     guesses: tuple[Guess, ...]
@@ -111,11 +114,6 @@ class Frame:
         """n, with the new tokens."""
         return self.start + len(self.tokens)
 
-    @property
-    def phase(self) -> Literal["prefill", "decode"]:
-        """The first step is the prefill, be it of one token."""
-        return "prefill" if self.number == 1 else "decode"
-
 
 @dataclass(frozen=True)
 class Trace:
@@ -129,7 +127,8 @@ class Trace:
         heads, lanes: of a layer.
         layers: of the model.
         rotated: keys are turned by position before they are kept.
-        hides: the spec's retention hides rows that the model would see.
+        hides: what a run has besides that sees all that the model would: "no window", "every row" where a policy lets
+            rows go, "" where the spec hides nothing.
         page_size: rows a page.
         frames: the steps.
     """
@@ -144,9 +143,14 @@ class Trace:
     heads: int
     lanes: int
     rotated: bool
-    hides: bool
+    hides: Literal["", "no window", "every row"]
     page_size: int
     frames: tuple[Frame, ...]
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prefill."""
+        return sum(len(frame.tokens) for frame in self.frames if frame.phase == "prefill")
 
     def lane(self, head: int) -> int:
         """The lane that a query head reads."""
@@ -161,16 +165,22 @@ class Trace:
 class Again:
     """Runs texts from nothing, each in a fresh sequence of one cache, and counts what that computes."""
 
-    def __init__(self, model: Model, kv: str, layers: Sequence[int]) -> None:
-        self.model = model
+    def __init__(self, model: Model, kv: str, layers: Sequence[int], prompt: int) -> None:
+        self.model, self.prompt = model, prompt
         self.cache = model.cache(kv, shares=False)
         self.tally = Tally(self.cache.spec, model.config.heads, layers)
 
     def run(self, tokens: Sequence[int]) -> Tensor:
         """The last token's logits [vocabulary]; its attention is in `tally.asked`."""
         self.tally.begin()
-        with self.cache.open() as sequence:
-            return self.model.run([(sequence, tokens)], watch=self.tally.watch)[0]
+        with self.cache.open(tokens[: self.prompt]) as sequence:
+            while True:
+                chunk = tokens[len(sequence) : len(sequence) + room(sequence)]
+                logits = self.model.run([(sequence, chunk)], watch=self.tally.watch)[0]
+                if len(sequence) == len(tokens):
+                    return logits
+                sequence.settle()  # a policy chooses here
+                self.tally.settled(sequence)
 
 
 def record(
@@ -181,7 +191,8 @@ def record(
     Args:
         tokens: ids, 1 to 512.
         kv: what the cache keeps, a spec string.
-        prefill: tokens of the first step; each later step takes one.
+        prefill: tokens of the prompt, which go in as one step, or more where a policy chooses on the way; each later
+            step takes one.
         layers: to be looked at, all their heads.
 
     Raises:
@@ -248,20 +259,27 @@ def collect(
         heads=config.heads,
         lanes=config.kv_heads,
         rotated=all(layer.frequencies is not None for layer in model.decoder.layers),
-        hides=retained(spec) != retained(model.spec("f32")),
+        hides=_hides(model, spec),
         page_size=spec.page_size,
         frames=tuple(frames),
     )
 
 
+def _hides(model: Model, spec: Spec) -> Literal["", "no window", "every row"]:
+    if any(group.retention.policy is not None for group in spec.groups):
+        return "every row"
+    return "no window" if retained(spec) != retained(model.spec("f32")) else ""
+
+
 def _frames(model: Model, tokens: list[int], kv: str, prefill: int, layers: list[int]) -> Iterator[Frame]:
     spec = model.spec(kv)
-    same = Again(model, kv, layers)
-    plain = same if spec.fingerprint == model.spec("f32").fingerprint else Again(model, "f32", layers)
-    tally = Tally(spec, model.config.heads, layers)
-    with model.cache(kv, shares=False).open() as sequence:
-        for number, length in enumerate(range(prefill, len(tokens) + 1), 1):
-            start = len(sequence)
+    same = Again(model, kv, layers, prefill)
+    plain = same if spec.fingerprint == model.spec("f32").fingerprint else Again(model, "f32", layers, prefill)
+    tally, number = Tally(spec, model.config.heads, layers), 0
+    with model.cache(kv, shares=False).open(tokens[:prefill]) as sequence:
+        while (start := len(sequence)) < len(tokens):
+            number += 1
+            length = min(max(prefill, start + 1), start + room(sequence))
             logits = model.run([(sequence, tokens[start:length])], watch=tally.watch)[0]
             if not bool(logits.isfinite().all()):
                 raise ModelError(
@@ -270,12 +288,14 @@ def _frames(model: Model, tokens: list[int], kv: str, prefill: int, layers: list
                 )
             rows = {layer: sequence.read(layer) for layer in layers}
             sequence.settle()
+            tally.settled(sequence)
             looks = {layer: _look(tally, sequence, layer, rows[layer], start) for layer in layers}
             same_difference = plain_difference = _difference(tally, logits, same, tokens[:length])
             if plain is not same:
                 plain_difference = _difference(tally, logits, plain, tokens[:length])
             yield Frame(
                 number=number,
+                phase="prefill" if start < prefill else "decode",
                 start=start,
                 tokens=tuple(tokens[start:length]),
                 guesses=_guesses(logits),
@@ -293,11 +313,14 @@ def _look(tally: Tally, sequence: KVSequence, layer: int, rows: dict[str, Tensor
     asked, n = tally.asked[layer], len(sequence)
     lanes, _, width = rows["k"].shape
     k = torch.zeros(lanes, n, width)  # by position; nobody sees a row that is not there
-    k[:, rows["positions"]] = rows["k"].cpu()
+    k[:, rows["positions"]] = rows["k"].nan_to_num().cpu()  # NaN: other lanes hold it
+    there = torch.zeros(lanes, n, dtype=torch.bool)
+    there[:, rows["positions"]] = ~rows["k"].isnan().all(dim=-1).cpu()
     asking, every = asked.positions.numpy()[:, None], np.arange(n)[None, :]
     groups = [tally.groups[layer, lane] for lane in range(lanes)]
     masks = [(each.retention.window, each.retention.sinks) for each in groups]
     seen = torch.from_numpy(np.stack([visible(asking, every, *mask) for mask in masks]))
+    seen &= there[:, None]
     new = rows["positions"] >= start
     return Look(
         layer=layer,
@@ -314,10 +337,11 @@ def _look(tally: Tally, sequence: KVSequence, layer: int, rows: dict[str, Tensor
 def _held(sequence: KVSequence, layer: int, lanes: int) -> NDArray[np.bool_]:
     """Which positions lie in a page of the sequence: bool [L, n]."""
     held = np.zeros((lanes, len(sequence)), bool)
-    size = sequence.cache.spec.page_size
     for table in sequence.tables:
-        mine = [lane for at, lane in table.group.lanes if at == layer]
-        held[mine] = np.isin(np.arange(len(sequence)) // size, table.logical)
+        positions, _ = table.rows(len(sequence))
+        for (at, lane), mine in zip(table.group.lanes, positions, strict=True):
+            if at == layer:
+                held[lane, mine[mine >= 0]] = True
     return held
 
 

@@ -22,7 +22,7 @@ def facts(trace: Trace, layer: int, head: int) -> Facts:
         "spec": trace.spec,
         "text": trace.text,
         "tokens": [{"id": token, "text": trace.texts[token]} for token in trace.tokens],
-        "prefill": len(trace.frames[0].tokens),
+        "prefill": trace.prompt,
         "layers": trace.layers,
         "heads": trace.heads,
         "lanes": trace.lanes,

@@ -146,7 +146,8 @@ def _weights(trace: Trace, frame: Frame, room: int, layer: int, head: int) -> It
         yield Text(f"{rest} more rows share {_percent(max(share, 0.0))}", style="dim")
     if len(seen) < len(state):
         hidden, gone = state.count("hidden"), state.count("gone")
-        yield Text(f"not seen: {hidden} hidden by the window, {gone} gone with their pages", style="dim")
+        left = f"{gone} that the policy let go" if trace.hides == "every row" else f"{gone} gone with their pages"
+        yield Text(f"not seen: {f'{hidden} hidden by the window, ' if hidden else ''}{left}", style="dim")
 
 
 def _bar(share: float, length: int) -> str:
@@ -223,6 +224,12 @@ def _closing(trace: Trace, layer: int, head: int) -> Iterator[str]:
         f"Every step gave {verdict} computing all of it again gives; with {_exact(trace)}, logits and attention "
         f"outputs would differ by up to {_apart(cost)}."
     )
+    if trace.hides == "every row" and bool(last.looks[layer].held.all()):
+        yield (
+            "The policy let no row of this layer go. --prefill says how many tokens are the prompt, at whose end it "
+            f"may choose; what the spec's sinks and recent say stays in any case, and so do pages of {trace.page_size} "
+            "that are not full."
+        )
     if sink(trace, layer, head):
         yield (
             "This head gives most of its weight to the first token, as many do: an attention sink, where weight goes "
@@ -239,7 +246,7 @@ def sink(trace: Trace, layer: int, head: int) -> bool:
 
 def _exact(trace: Trace) -> str:
     """What the recomputation had that costs nothing of the model."""
-    return "f32 rows and no window" if trace.hides else "f32 rows"
+    return f"f32 rows and {trace.hides}" if trace.hides else "f32 rows"
 
 
 def _times(count: int, what: str) -> str:
