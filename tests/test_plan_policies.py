@@ -8,7 +8,8 @@ from rich.console import Console
 
 from kvik.cache.policy import Policy
 from kvik.cache.spec import Spec
-from kvik.plan import list_plans, make_plan, render_plan, run_plan
+from kvik.errors import SpecError
+from kvik.plan import list_plans, make_plan, render_plan, render_refusals, run_plan
 from kvik.plan.find import lookup
 from kvik.plan.formula import stays
 from kvik.units import parse_bytes
@@ -111,4 +112,14 @@ def test_json_has_the_peak_and_the_words():
     told = json.loads(json.dumps(run_plan("smollm2", kv="int8+snapkv:25%", context=4096).to_dict()))["cache"]
     assert told["peak"] == make_plan(SHAPE, kv="int8", context=4096).total.allocated
     assert told["policies"][0]["policy"] == "snapkv:25%" and "prompt ends" in told["policies"][0]["rows"]
-    assert len(list_plans("int8+snapkv:25%")) > 10
+
+
+def test_a_list_leaves_out_models_that_cannot_have_the_spec_and_says_why():
+    plans, refused = list_plans("int8+snapkv:25%")
+    assert len(plans) > 10 and "t5-small" in refused and not refused.keys() & {plan.shape.name for plan in plans}
+    console = Console(file=io.StringIO(), width=80)
+    render_refusals(refused, console)
+    (line,) = console.file.getvalue().splitlines()
+    assert line.startswith(f"not {', '.join(refused)}: snapkv:25%: it weighs rows")
+    with pytest.raises(SpecError, match="int3"):
+        list_plans("int3")

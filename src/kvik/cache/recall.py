@@ -129,8 +129,8 @@ def _keys(fork: Sequence, table: Table, slots: Rows) -> Tensor:
     cache, group = fork.cache, table.group
     where = torch.from_numpy(np.ascontiguousarray(slots)).to(cache.device)
     rows = paged.rows(cache.pages(group), group.layout, group.page_size, where.reshape(-1))
-    stream = group.layout.streams[0]
-    return torch.unflatten(unrotated(group.layout, stream.name, rows[stream.name]), 0, where.shape).cpu()
+    parts = [unrotated(group.layout, stream.name, rows[stream.name]) for stream in group.layout.keys]
+    return torch.unflatten(torch.cat(parts, dim=-1), 0, where.shape).cpu()
 
 
 def _heads(part: Part) -> list[int] | slice:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvik.cli.common import KV_HELP, JsonOption, ShareOption, app, check_share, stdout
+from kvik.cli.common import KV_HELP, JsonOption, ShareOption, app, check_share, stderr, stdout
 from kvik.errors import UsageError
 
 
@@ -33,7 +33,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """What a cache costs and what fits, before a byte is allocated."""
-    from kvik.plan import list_plans, render_list, render_plan, run_plan
+    from kvik.plan import list_plans, render_list, render_plan, render_refusals, run_plan
 
     if show_list == (model is not None):
         raise UsageError("plan: name one model, such as 'kvik plan smollm2', or give --list")
@@ -42,11 +42,12 @@ def plan(
             raise UsageError(
                 "plan --list takes no --context, --source, --batch, --memory or --share; name a model to use them"
             )
-        plans = list_plans(kv, weights)
+        plans, refused = list_plans(kv, weights)
         if as_json:
             print(json.dumps([each.to_dict() for each in plans], indent=2))
         else:
             render_list(plans, stdout())
+        render_refusals(refused, stderr())
         return
     check_share(share)
     result = run_plan(

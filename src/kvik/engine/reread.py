@@ -13,7 +13,7 @@ Nothing of a pass is left: its rows go with the fork, in which no policy chooses
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -142,6 +142,9 @@ class _Listening(Watch):
         """See `Chunk.attend`."""
         self._heard.hear(layer, q, scale)
         return super().attend(layer, q, scale=scale, softcap=softcap, bias=bias, want_lse=want_lse, want_mass=want_mass)
+
+    def only(self, rows: Sequence[int]) -> None:
+        """Never: every query is looked at."""
 
 
 def _next(start: int, end: int, most: int) -> range:

@@ -187,6 +187,9 @@ class _Adding(Watch):
         self._means.scales[layer] = options["scale"]
         return super().attend(layer, q, **options)
 
+    def only(self, rows: Sequence[int]) -> None:
+        """Never: every query counts."""
+
 
 def stored(kv: str) -> tuple[Rule, int]:
     """The rule and the page size of a spec that says how rows are stored, and nothing else.

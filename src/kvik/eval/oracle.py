@@ -51,6 +51,9 @@ class _Weighing(Watch):
         self._weighed.hear(layer, found)
         return found
 
+    def only(self, rows: Sequence[int]) -> None:
+        """Never: every query is looked at."""
+
 
 def weighed(model: Model, sequence: KVSequence, continuations: Sequence[Sequence[int]]) -> list[Tensor]:
     """The attention that a sequence's rows receive from texts that go on from it, each by itself: for each group, f64

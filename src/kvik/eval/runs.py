@@ -167,7 +167,7 @@ class _Runs:
             held, share = sequence.nbytes, kept_share(sequence)
             kept = Kept.of(kept_rows(sequence)) if number == 0 else None
             if kv == FULL:
-                self._received = by_lane(sequence, weighed(self.model, sequence, [rest]))
+                self._received = by_lane(sequence, weighed(model, sequence, [rest]))
             recalled = recall(self._received, sequence)
             seconds, at = [], 0
             for token in rest[:TIMED]:

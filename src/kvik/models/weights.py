@@ -116,7 +116,7 @@ def check(tensors: Mapping[str, Weight], config: Config) -> dict[str, Weight]:
     shapes = config.tensor_shapes()
     tensors = _named(tensors, config)
     missing = [name for name in shapes if name not in tensors]
-    extra = [name for name in tensors if name not in shapes and config.spare(name)]
+    extra = [name for name in tensors if name not in shapes and not config.spare(name)]
     wrong = [
         f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
         for name, shape in shapes.items()

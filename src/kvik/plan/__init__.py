@@ -1,9 +1,10 @@
 """`kvik plan`: Spec × model × machine → what fits, before a byte is allocated. Needs no torch."""
 
-from kvik.plan.arithmetic import WEIGHTS, Fit, Plan, WeightFormat, list_plans, make_plan, run_plan
+from kvik.plan.arithmetic import WEIGHTS, Fit, Plan, WeightFormat, make_plan
+from kvik.plan.asked import list_plans, run_plan
 from kvik.plan.find import lookup
 from kvik.plan.shapes import ModelShape, from_config
-from kvik.plan.view import render_list, render_plan
+from kvik.plan.view import render_list, render_plan, render_refusals
 from kvik.plan.wellknown import known_models
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "make_plan",
     "render_list",
     "render_plan",
+    "render_refusals",
     "run_plan",
 ]

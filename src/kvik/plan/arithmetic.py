@@ -20,12 +20,8 @@ from kvik.cache.policy import Policy, When
 from kvik.cache.retention import Retention
 from kvik.cache.spec import Bytes, Group, Spec, parse_rules
 from kvik.errors import UsageError
-from kvik.plan.find import lookup
 from kvik.plan.formula import Term, reasons, stays, term, textbook
 from kvik.plan.shapes import ModelShape
-from kvik.plan.share import sharing
-from kvik.plan.wellknown import known_models
-from kvik.units import parse_bytes
 
 MOST_TOKENS = 10**9
 MOST_SEQUENCES = 10**6
@@ -302,45 +298,6 @@ def make_plan(
     if spec is not None and shape.context is not None:
         spec.longest(shape.context)  # complains where a window is wider
     return Plan(shape, spec, cross, kv, tokens, batch, _weight_format(shape, weights), memory)
-
-
-def run_plan(
-    model: str,
-    *,
-    context: int | None = None,
-    batch: int = 1,
-    kv: str = "f16",
-    weights: str | None = None,
-    memory: str | None = None,
-    source: int | None = None,
-    share: str | None = None,
-) -> Plan:
-    """What `kvik plan` prints.
-
-    Args:
-        model: a well-known name, a config.json or its folder, a .gguf file, or a hub id.
-        context: tokens a sequence; default: what the model was made for.
-        batch: sequences.
-        kv: a spec string.
-        weights: `f32`, `bf16`, `f16`, `int8` or `int4`; default: as the model comes.
-        memory: a size such as `8GiB`.
-        source: rows of the source that each sequence reads; default: the most that the model was made for.
-        share: layers read the rows of others, by a rule of `cache/sharing.py`.
-
-    Raises:
-        UsageError: a number or size that can't be.
-        ConfigError: no such model, or a config that can't be sized.
-        SpecError: a wrong spec string.
-        StorageError: a file or hub that can't be read.
-    """
-    room = None if memory is None else parse_bytes(memory, "--memory")
-    shape = lookup(model) if share is None else sharing(lookup(model), share)
-    return make_plan(shape, kv=kv, context=context, batch=batch, weights=weights, memory=room, source=source)
-
-
-def list_plans(kv: str = "f16", weights: str | None = None) -> list[Plan]:
-    """A plan for every well-known model at its full context, smallest first. Specs that fit only some models raise."""
-    return [make_plan(shape, kv=kv, weights=weights) for shape in known_models()]
 
 
 def _reading(shape: ModelShape, source: int | None) -> ModelShape:

@@ -100,4 +100,4 @@ def kv(heads: int, width: int, window: int | None = None, turned: bool = False) 
 
 def latent(width: int, rope: int) -> LayerShape:
     """A layer of latent attention (MLA, arXiv:2405.04434): one latent and one rotated key for all heads."""
-    return LayerShape(1, (("latent", width), ("rope", rope)))
+    return LayerShape(1, (("latent", width), ("rope", rope)), frequencies=())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvik.errors import SpecError
 from kvik.plan.arithmetic import Plan
 from kvik.plan.formula import stays
 from kvik.units import format_bytes, format_count
@@ -41,6 +42,13 @@ def render_list(plans: Sequence[Plan], console: Console) -> None:
         "outweighs  tokens from which the cache is larger than the weights",
     ):
         console.print(Text(line, style="dim"))
+
+
+def render_refusals(refused: Mapping[str, SpecError], console: Console) -> None:
+    """Prints which well-known models can't have a spec, one line for each reason."""
+    for reason in dict.fromkeys(map(str, refused.values())):
+        names = [name for name, error in refused.items() if str(error) == reason]
+        console.print(Text(f"not {', '.join(names)}: {reason}", style="dim"), soft_wrap=True)
 
 
 def _row(plan: Plan) -> tuple[str, ...]:
