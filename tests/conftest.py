@@ -51,9 +51,9 @@ def loaded_once(monkeypatch, smollm2_in):
 
     honest = model.load
 
-    def load(name="smollm2", *, weights="auto", device="cpu", progress=None):
-        if (name, device) != ("smollm2", "cpu"):
-            return honest(name, weights=weights, device=device, progress=progress)
+    def load(name="smollm2", *, weights="auto", device="cpu", share=None, progress=None):
+        if (name, device, share) != ("smollm2", "cpu", None):
+            return honest(name, weights=weights, device=device, share=share, progress=progress)
         return smollm2_in("int4" if weights == "auto" else weights)
 
     monkeypatch.setattr(model, "load", load)
