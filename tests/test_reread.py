@@ -16,7 +16,7 @@ from kvik.errors import BudgetError, ContextError, SequenceError, SpecError
 from kvik.models.model import Model
 from kvik.models.watch import Watch
 from test_compaction import held
-from test_models import gpt2, llama, ours
+from tiny_models import gpt2, llama, ours
 
 SIZE = 16
 KV = ["f32", "bf16", "int8", "int8-rot", "int4", "k8v4"]

@@ -12,8 +12,10 @@ from eval_models import SETUP, WHERE, command, made, reader
 from kvik.cache.spec import Bytes
 from kvik.errors import ContextError, SpecError, StorageError, UsageError
 from kvik.eval import render_tuning, tune
+from kvik.eval.caches import fitting
 from kvik.eval.tuning import PREFIX, Candidate, Tuning, ladder
 from kvik.models.tuned import path_of, recall, remember
+from tiny_models import FAMILIES, drawn, ours
 
 FIGURES = {"bf16": (256, 5e-5), "int8-rot": (133, 2e-4), "int8": (132, 8e-4), "k8v4": (100, 5e-3), "int4": (72, 5e-2)}
 
@@ -126,6 +128,11 @@ def test_json_has_every_candidate_and_the_winner():
 @pytest.fixture(scope="module")
 def model():
     return tiny()
+
+
+def test_candidates_that_a_model_cannot_have_are_left_out():
+    latent = ours(drawn(FAMILIES["deepseek3"]))
+    assert fitting(latent, ["bf16", "k8v4", "int4", "int4; layers 0: int8"]) == ["bf16", "int4", "int4; layers 0: int8"]
 
 
 def test_the_ladder_fits_every_model():

@@ -74,9 +74,11 @@ def evaluate(
     source = read_text(text)
     from kvik.eval import Ledger, draw_frontier, draw_map, draw_needles, mapped, render_evaluation
     from kvik.eval import evaluate as measure
+    from kvik.eval.caches import fitting
 
     ledger = Ledger(resume)
     loaded = load_model(model, weights, device, share)
+    wanted = wanted if specs else fitting(loaded, wanted)
     plain = None if share is None else load_model(model, weights, device)
     check_positions(loaded, prefix, scored)
     with progress() as show:

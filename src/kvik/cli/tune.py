@@ -83,10 +83,11 @@ def tune(
     check_positions(loaded, prefix or 1, scored)
     from kvik.eval import render_tuning
     from kvik.eval import tune as measure
+    from kvik.eval.caches import fitting
     from kvik.eval.tuning import ladder
     from kvik.models.tuned import remember
 
-    candidates = wanted or ladder(loaded.config.layers, length, lossy=lossy)
+    candidates = wanted or fitting(loaded, ladder(loaded.config.layers, length, lossy=lossy))
     with progress() as show:
         found = measure(
             loaded, encoded(loaded, source), candidates, context=length, memory=room, max_kl=max_kl, prefix=prefix,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,10 +15,21 @@ from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Spec
 from kvik.cache.step import Step
 from kvik.engine.generation import room
+from kvik.errors import SpecError
 from kvik.eval.results import FULL
 from kvik.models.model import Model
 
 CHUNK = 64  # tokens at once where all their predictions are wanted: 12 MB of SmolLM2's
+
+
+def fitting(model: Model, specs: Sequence[str]) -> list[str]:
+    """Those that the model can have: not every one keeps keys and values, or turns its keys by position."""
+    found = []
+    for kv in specs:
+        with contextlib.suppress(SpecError):
+            model.spec(kv)
+            found.append(kv)
+    return found
 
 
 def distinct(model: Model, specs: Sequence[str]) -> list[Spec]:

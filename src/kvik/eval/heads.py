@@ -178,7 +178,8 @@ class _Adding(Watch):
 
     def append(self, layer: int, **streams: Tensor) -> None:
         """Adds one layer's keys, and passes its rows on."""
-        self._means.add(self._means.keys, layer, streams["k"], self.positions)
+        keys = torch.cat([rows for name, rows in streams.items() if name != "v"], dim=-1)
+        self._means.add(self._means.keys, layer, keys, self.positions)
         super().append(layer, **streams)
 
     def attend(self, layer: int, q: Tensor, **options: Any) -> Partial:

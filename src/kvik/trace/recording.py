@@ -311,11 +311,13 @@ def _frames(model: Model, tokens: list[int], kv: str, prefill: int, layers: list
 def _look(tally: Tally, sequence: KVSequence, layer: int, rows: dict[str, Tensor], start: int) -> Look:
     """What passed through a layer in a step, beside the rows that it read: those held before it settled."""
     asked, n = tally.asked[layer], len(sequence)
-    lanes, _, width = rows["k"].shape
+    layout = tally.groups[layer, 0].layout
+    keys = torch.cat([rows[stream.name] for stream in layout.keys], dim=-1).cpu()
+    lanes, _, width = keys.shape
     k = torch.zeros(lanes, n, width)  # by position; nobody sees a row that is not there
-    k[:, rows["positions"]] = rows["k"].nan_to_num().cpu()  # NaN: other lanes hold it
+    k[:, rows["positions"]] = keys.nan_to_num()  # NaN: other lanes hold it
     there = torch.zeros(lanes, n, dtype=torch.bool)
-    there[:, rows["positions"]] = ~rows["k"].isnan().all(dim=-1).cpu()
+    there[:, rows["positions"]] = ~keys.isnan().all(dim=-1)
     asking, every = asked.positions.numpy()[:, None], np.arange(n)[None, :]
     groups = [tally.groups[layer, lane] for lane in range(lanes)]
     masks = [(each.retention.window, each.retention.sinks) for each in groups]
@@ -325,8 +327,8 @@ def _look(tally: Tally, sequence: KVSequence, layer: int, rows: dict[str, Tensor
     return Look(
         layer=layer,
         q=asked.q,
-        k=rows["k"][:, new].cpu(),
-        v=rows["v"][:, new].cpu(),
+        k=keys[:, new],
+        v=rows[layout.value.name][:, new].cpu(),
         weights=asked.weights(k, seen, groups),
         out=asked.out,
         seen=seen,
