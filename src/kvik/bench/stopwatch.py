@@ -36,7 +36,7 @@ class Stopwatch:
         self._add(model.decoder.head)
         decoder.head = _Product(model.decoder.head, self)
         self.model = copy.copy(model)
-        self.model.decoder = decoder
+        self.model.network = decoder
         found = sum(linear.outputs * linear.inputs for linear in self.linears)
         assert found == model.row_weights + model.head_weights, "every product is timed"
 
