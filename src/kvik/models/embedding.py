@@ -6,7 +6,7 @@ modules.json lists the steps; the pooling's own folder says what it takes: the m
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from kvik.errors import ConfigError, ContextError
 from kvik.models.fields import Fields
 
+KEPT = "embedding.json"  # in a prepared folder
 _KINDS = ("Transformer", "Pooling", "Normalize")
 
 
@@ -46,11 +47,14 @@ class Pooling:
 
 
 def read(folder: Path) -> Pooling | None:
-    """What a model's folder says; None where it has no modules.json.
+    """What a model's folder says; None where it has neither modules.json nor what `keep` wrote.
 
     Raises:
         ConfigError: it names steps that kvik does not know.
     """
+    if (folder / KEPT).is_file():
+        kept = Fields(_object(folder / KEPT), str(folder / KEPT))
+        return Pooling(kept.flag("mean"), kept.flag("unit"), kept.integer("longest") if kept.has("longest") else None)
     path = folder / "modules.json"
     if not path.is_file():
         return None
@@ -73,6 +77,12 @@ def read(folder: Path) -> Pooling | None:
     limit = Fields(_object(limits) if limits.is_file() else {}, str(limits))
     longest = limit.integer("max_seq_length") if limit.has("max_seq_length") else None
     return Pooling("pooling_mode_mean_tokens" in modes, len(steps) == len(_KINDS), longest)
+
+
+def keep(folder: Path, pooling: Pooling | None) -> None:
+    """Writes it into a prepared folder, for `read`. Raises OSError."""
+    if pooling is not None:
+        (folder / KEPT).write_text(json.dumps(asdict(pooling)), encoding="utf-8")
 
 
 def _object(path: Path) -> dict[str, object]:
