@@ -147,8 +147,14 @@ CONFIGS: dict[str, Config] = {
     "minilm": _decoder("bert", 6, 384, 1536, 12, 12, 30522, 512, torch_dtype="float32"),
     # arXiv:2010.11929
     "vit-base": {
-        "model_type": "vit", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072, "image_size": 224, "patch_size": 16, "num_channels": 3,
+        "model_type": "vit",
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "image_size": 224,
+        "patch_size": 16,
+        "num_channels": 3,
     },
 }
 
