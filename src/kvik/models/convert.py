@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from kvik.models import embedding
 from kvik.models.families import from_gguf
 from kvik.models.folder import load, write_prepared
 from kvik.models.gguf_tokenizer import write_tokenizer
@@ -44,5 +45,6 @@ def convert_folder(weights: Path, into: Path, source: dict[str, object], tell: T
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, into / name)
+    embedding.keep(into, embedding.read(folder))
     tell("write the prepared model")
     write_prepared(into, replace(loaded.config, name=str(source["name"])), loaded.tensors, source)

@@ -25,7 +25,11 @@ from kvik.ops.grouped import GroupQuantized
 
 FORMAT = 2  # of a prepared folder
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the built-in model's file
-_NAMES = {SMOLLM2_SHA256: "SmolLM2-135M-Instruct"}  # the file calls itself "Smollm2 135M 8k Lc100K Mix1 Ep2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # and of the built-in encoder's
+_NAMES = {
+    SMOLLM2_SHA256: "SmolLM2-135M-Instruct",  # the file calls itself "Smollm2 135M 8k Lc100K Mix1 Ep2"
+    MINILM_SHA256: "all-MiniLM-L6-v2",
+}
 _WEIGHTS = "model.safetensors"
 _PARTS = ("codes", "scale", "zero")
 
