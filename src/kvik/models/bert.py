@@ -72,9 +72,9 @@ class BertConfig(EncoderConfig):
             found[name] = tuple(prefix + each for each in names for prefix in ("", _PREFIX) if prefix + each != name)
         return found
 
-    def spare_tensors(self) -> tuple[str, ...]:
+    def spare(self, name: str) -> bool:
         """The pooler and the heads of training."""
-        return _HEADS
+        return name in _HEADS
 
     def check_source(self, source: Tensor) -> None:
         """See `EncoderConfig.check_source`."""

@@ -85,10 +85,9 @@ class ViTConfig(EncoderConfig):
             found[name] = tuple(each for each in {_PREFIX + name: 0, own: 0, _PREFIX + own: 0} if each != name)
         return found
 
-    def spare_tensors(self) -> tuple[str, ...]:
+    def spare(self, name: str) -> bool:
         """The pooler and the head."""
-        names = ("pooler.dense", f"{_PREFIX}pooler.dense", "classifier")
-        return tuple(f"{name}.{part}" for name in names for part in ("weight", "bias"))
+        return name.rpartition(".")[0] in ("pooler.dense", f"{_PREFIX}pooler.dense", "classifier")
 
     def check_source(self, source: Tensor) -> None:
         """See `EncoderConfig.check_source`."""
