@@ -13,8 +13,8 @@ from rich.console import Console
 
 from kvik.cache.spec import Spec
 from kvik.errors import SpecError, UsageError
+from kvik.models.shapes.wellknown import CONFIGS
 from kvik.plan import from_config, known_models, list_plans, lookup, make_plan, render_list, render_plan, run_plan
-from kvik.plan.wellknown import CONFIGS
 from kvik.units import format_bytes, format_count, parse_bytes
 from tiny_config import LLAMA
 

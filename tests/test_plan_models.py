@@ -9,8 +9,8 @@ import pytest
 
 from kvik.cache.spec import LayerShape
 from kvik.errors import ConfigError, StorageError
+from kvik.models.shapes.wellknown import ALIASES, CONFIGS
 from kvik.plan import from_config, lookup, make_plan, run_plan
-from kvik.plan.wellknown import ALIASES, CONFIGS
 from tiny_config import LLAMA
 
 WHISPER = {"model_type": "whisper", "d_model": 24, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 40}

@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from kvik.errors import ConfigError
-from kvik.plan import readers
-from kvik.plan.shape import Config as _Config
-from kvik.plan.shape import ModelShape, kv, latent
+from kvik.models.shapes import readers
+from kvik.models.shapes.shape import Config as _Config
+from kvik.models.shapes.shape import ModelShape, kv, latent
 
 __all__ = ["FAMILIES", "ModelShape", "from_config"]
 

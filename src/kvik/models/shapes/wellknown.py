@@ -1,6 +1,6 @@
 """Well-known models as data: the sizes from their published `config.json`, or from the paper where there is none.
 
-An entry is a config in the words of its family, so that one reader (`shapes.from_config`) serves the table and files
+An entry is a config in the words of its family, so that one reader (`families.from_config`) serves the table and files
 alike. Cache sizes and parameter counts are computed from it, never written down twice.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvik.plan.shapes import ModelShape, from_config
+from kvik.models.shapes.families import ModelShape, from_config
 
 Config = dict[str, Any]
 
