@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvik.models import bart, gpt2, llama, t5
+from kvik.models import bart, gpt2, llama, t5, whisper
 from kvik.models.config import Config
 from kvik.models.decoder import Decoder
 from kvik.models.fields import Fields
@@ -37,6 +37,7 @@ FAMILIES = (
     Family(gpt2.GPT2Config, gpt2.read, gpt2.GPT2, ("gpt2",), gpt2.read_gguf),
     Family(bart.BartConfig, bart.read, bart.Bart, ("bart", "marian")),
     Family(t5.T5Config, t5.read, t5.T5, ("mt5", "t5")),
+    Family(whisper.WhisperConfig, whisper.read, whisper.Whisper, ("whisper",)),
 )
 _BY_NAME = {family.config.family: family for family in FAMILIES}
 _BY_KIND = {kind: family for family in FAMILIES for kind in family.kinds}
