@@ -17,13 +17,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from kvik.errors import WeightsError
-from kvik.models.fields import brief
+from kvik.errors import TokenizerError, WeightsError
+from kvik.models.fields import Fields, brief
+from kvik.models.tokenizer import Tokenizer
 
 VERSION = 6
 _MOST_AXES = 8
@@ -127,7 +128,7 @@ class _Reader:
         raise WeightsError(f"{self.path}: is damaged or no model.bin ({what}); get it again from its source")
 
 
-def whisper(model: Model, path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+def whisper(model: Model, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A WhisperSpec as transformers has it: (config.json, tensors by name). Raises WeightsError."""
     found = model.variables
     if model.spec != "WhisperSpec" or model.revision != 3:
@@ -141,11 +142,47 @@ def whisper(model: Model, path: Path) -> tuple[dict[str, object], dict[str, Tens
             raise WeightsError(f"{path}: decoder/{name} is {got} instead of {value}; use a file that kvik supports")
     tensors: dict[str, Tensor] = {}
     for name, tensor in found.items():
-        if tensor.dtype in _FLOATS.values() and name != "decoder/projection/weight":
+        if name == "decoder/projection/weight" and tensor is found.get("decoder/embeddings/weight"):
+            continue  # an alias
+        if tensor.dtype in _FLOATS.values():
             tensors |= _renamed(name, tensor)
         elif tensor.dim() and name != "decoder/alignment_heads":
             raise WeightsError(f"{path}: {brief(name)} is stored as {tensor.dtype}; use a file of floats")
     return _config(found, tensors, path), tensors
+
+
+_MANY_LANGUAGES = 51_865  # tokens of a Whisper that knows more than English, at the least
+_LATEST_FIRST = 50  # a text's first time is 1 s at the most, as its makers have it
+
+
+def whisper_settings(config: Mapping[str, object], tokenizer: Tokenizer, vocabulary: int) -> dict[str, object]:
+    """What transformers' generation_config.json says, from CTranslate2's config.json and the tokenizer's own tokens.
+
+    Raises:
+        ConfigError: a value can't be used. TokenizerError: a token is missing.
+    """
+
+    def token(name: str) -> int:
+        found = tokenizer.token_id(f"<|{name}|>")
+        if found is None:
+            raise TokenizerError(f"{tokenizer.folder}: its tokenizer has no <|{name}|>; get the model again")
+        return found
+
+    fields = Fields(config, f"{tokenizer.folder / 'config.json'}")
+    settings: dict[str, object] = {
+        "decoder_start_token_id": token("startoftranscript"),
+        "eos_token_id": token("endoftext"),
+        "no_timestamps_token_id": token("notimestamps"),
+        "suppress_tokens": list(fields.ids("suppress_ids")),
+        "begin_suppress_tokens": list(fields.ids("suppress_ids_begin")),
+        "max_initial_timestamp_index": _LATEST_FIRST,
+    }
+    if vocabulary < _MANY_LANGUAGES:
+        return settings
+    return settings | {
+        "lang_to_id": {str(each): each for each in fields.ids("lang_ids")},
+        "task_to_id": {name: token(name) for name in ("transcribe", "translate")},
+    }
 
 
 def _setting(found: Mapping[str, Tensor], name: str, path: Path) -> int:
@@ -181,11 +218,11 @@ def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if number < len(products) and len(tensor) % len(products[number]) == 0:
         pieces = tensor.chunk(len(products[number]))
         named = zip(products[number], pieces, strict=True)
-        return {f"{where}.{ours}.{p}_proj.{last}": each.contiguous() for p, each in named}
+        return {f"{where}.{ours}.{p}_proj.{last}": each.clone() for p, each in named}
     return {name: tensor}
 
 
-def _config(found: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> dict[str, object]:
+def _config(found: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """Its sizes, as transformers' config.json has them; whether all tensors fit them is checked later."""
 
     def size(name: str, axis: int) -> int:
