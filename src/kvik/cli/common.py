@@ -120,9 +120,10 @@ def load_model(model: str, weights: str, device: str, *, reads: bool = False) ->
 
         loaded = load(model, weights=weights, device=device, progress=show)  # type: ignore[arg-type]
     if loaded.reading is not None and not reads:
-        raise UsageError(
-            f"{loaded.config.name} answers a source and continues no text; this command can't, use kvik run"
-        )
+        from kvik.models.hearing import HearingConfig
+
+        name, way = loaded.config.name, "transcribe" if isinstance(loaded.reading, HearingConfig) else "run"
+        raise UsageError(f"{name} answers a source and continues no text; this command can't, use kvik {way}")
     if device == "cpu":
         _tell_of_missing_kernels()
     return loaded

@@ -15,6 +15,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -196,7 +197,7 @@ class Transcriber:
         new = tuple(text[len(prompt) :])
         return Beam(new, total / len(new))
 
-    def _parts(self, tokens: Sequence[int], seconds: float) -> tuple[list[tuple[float, float, Sequence[int]]], float]:
+    def _parts(self, text: Sequence[int], seconds: float) -> tuple[list[tuple[float, float, list[int]]], float]:
         """A window's text by its times.
 
         Args:
@@ -206,7 +207,7 @@ class Transcriber:
             [(start, end, tokens)] in seconds from its start, and where the next window begins.
         """
         zero = self.hearing.first_time
-        tokens = [token for token in tokens if token not in self.hearing.eos_ids]
+        tokens = [token for token in text if token not in self.hearing.eos_ids]
         timely = [token >= zero for token in tokens]
         cuts = [i for i in range(1, len(tokens)) if timely[i - 1] and timely[i]]
         closed = timely[-2:] == [False, True]  # nothing was cut off at the window's end
@@ -215,10 +216,13 @@ class Transcriber:
             start = min((known[0] - zero) * TIME_STEP, seconds) if known else 0.0
             end = min((known[-1] - zero) * TIME_STEP, seconds) if len(known) > 1 else seconds
             return [(start, max(start, end), tokens)], seconds
-        pieces = [tokens[a:b] for a, b in zip([0, *cuts], [*cuts, len(tokens)][: len(cuts) + closed], strict=False)]
-        parts = [(min((p[0] - zero) * TIME_STEP, seconds), min((p[-1] - zero) * TIME_STEP, seconds), p) for p in pieces]
-        after = (tokens[cuts[-1] - 1] - zero) * TIME_STEP
-        return parts, seconds if closed or not after else min(after, seconds)
+        bounds = [0, *cuts, *([len(tokens)] if closed else [])]
+        parts = []
+        for piece in (tokens[a:b] for a, b in pairwise(bounds)):
+            start, end = (min((time - zero) * TIME_STEP, seconds) for time in (piece[0], piece[-1]))
+            parts.append((start, end, piece))
+        after = parts[-1][1]
+        return parts, seconds if closed or not after else after
 
 
 def hears(model: Model) -> HearingConfig:
