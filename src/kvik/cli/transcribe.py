@@ -175,8 +175,9 @@ def _show(facts: dict[str, Any]) -> None:
     from kvik.units import format_bytes
 
     again = f", {facts['drawn_again']} drawn again at a higher temperature" if facts["drawn_again"] else ""
+    spent = f"{facts['seconds']:.1f} s: {facts['real_time_factor']:.3f} of real time"
     lines = [
-        f"{facts['sound_s']:.1f} s of sound in {facts['seconds']:.1f} s ({facts['real_time_factor']:.3f} of real time) · "
+        f"{facts['sound_s']:.1f} s of sound in {spent} · "
         f"{_many(facts['windows'], 'window')}{again} · {_many(facts['encoder_runs'], 'encoder run')}",
         f"cache {facts['spec']}: {facts['source_bytes']:,} B of a window, once for {_many(facts['beams'], 'beam')} "
         f"+ {facts['text_bytes']:,} B of the longest text, {_many(facts['longest_text'], 'token')}",

@@ -144,7 +144,9 @@ class Transcriber:
         seconds = len(piece) / RATE
         segments: list[Segment] = []
         if speech:
-            parts, seconds = self._parts(beam.token_ids, seconds)
+            parts, seconds = (
+                self._parts(beam.token_ids, seconds) if timed else ([(0.0, seconds, beam.token_ids)], seconds)
+            )
             for begins, ends, tokens in parts:
                 if text := self._said(tokens):
                     segments.append(Segment(start + begins, start + ends, text))
@@ -197,7 +199,7 @@ class Transcriber:
         new = tuple(text[len(prompt) :])
         return Beam(new, total / len(new))
 
-    def _parts(self, text: Sequence[int], seconds: float) -> tuple[list[tuple[float, float, list[int]]], float]:
+    def _parts(self, text: Sequence[int], seconds: float) -> tuple[list[tuple[float, float, Sequence[int]]], float]:
         """A window's text by its times.
 
         Args:
@@ -217,7 +219,7 @@ class Transcriber:
             end = min((known[-1] - zero) * TIME_STEP, seconds) if len(known) > 1 else seconds
             return [(start, max(start, end), tokens)], seconds
         bounds = [0, *cuts, *([len(tokens)] if closed else [])]
-        parts = []
+        parts: list[tuple[float, float, Sequence[int]]] = []
         for piece in (tokens[a:b] for a, b in pairwise(bounds)):
             start, end = (min((time - zero) * TIME_STEP, seconds) for time in (piece[0], piece[-1]))
             parts.append((start, end, piece))

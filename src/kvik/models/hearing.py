@@ -138,8 +138,10 @@ class TimeRules(Constraints):
             opens = after_time and (len(new) < 2 or new[-2] >= time)  # text must follow
             if opens:
                 scores[row, time:] = -torch.inf
-            elif after_time:  # it closed a part: the next one's, or the end
-                scores[row, : min(ends)] = -torch.inf
+            elif after_time:  # it closed a part: the next one's, or an end
+                ended = scores[row, list(ends)]
+                scores[row, : max(ends, default=time)] = -torch.inf
+                scores[row, list(ends)] = ended
             if past := [token for token in new if token >= time]:
                 scores[row, time : past[-1] + (not after_time or opens)] = -torch.inf
         shares = scores.log_softmax(-1)

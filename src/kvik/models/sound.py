@@ -35,19 +35,20 @@ def read_wav(path: Path | str) -> Tensor:
             channels, width, rate, count = file.getparams()[:4]
             if channels > _MOST_CHANNELS or not _LEAST_RATE <= rate <= _MOST_RATE:
                 raise UsageError(f"{path}: {channels} channels at {rate:,} Hz; {_GET}")
-            if count * channels * width > size:  # asked before anything is allocated
-                raise StorageError(
-                    f"{path}: its header promises {count * channels * width:,} bytes of sound, but the file has "
-                    f"{size:,}, so it is truncated; get it again"
-                )
-            raw = file.readframes(count)
+            promised = count * channels * width
+            raw = b"" if promised > size else file.readframes(count)  # nothing is allocated for a header alone
     except OSError as error:
         raise StorageError(f"{path}: can't be read ({error.strerror or error}); give a WAV file") from None
     except (wave.Error, EOFError, ValueError, ZeroDivisionError) as error:
-        raise UsageError(f"{path}: is no WAV file of PCM samples ({error or 'it ends early'}); {_GET}") from None
-    if len(raw) < channels * width:
+        raise UsageError(f"{path}: is no WAV file of PCM samples ({str(error) or 'it ends early'}); {_GET}") from None
+    if promised > len(raw):
+        raise StorageError(
+            f"{path}: its header promises {promised:,} bytes of sound, but the file of {size:,} holds fewer, so it is "
+            "truncated; get it again"
+        )
+    if not raw:
         raise UsageError(f"{path}: holds no sound; give a file that does")
-    samples = _samples(raw[: len(raw) - len(raw) % (channels * width)], width, path)
+    samples = _samples(raw, width, path)
     return resample(samples.view(-1, channels).mean(1), rate)
 
 
