@@ -12,11 +12,13 @@ from typing import Annotated
 
 import typer
 
-from kvik.cli import bench, compare, doctor, eval, heads, plan, run, trace, tune
+from kvik.cli import bench, compare, doctor, eval, heads, plan, run, trace, transcribe, tune
 from kvik.cli.common import INTERRUPTED, app
 from kvik.errors import KvikError
 
-__all__ = ["app", "bench", "compare", "doctor", "eval", "heads", "main", "plan", "run", "trace", "tune"]
+__all__ = [
+    "app", "bench", "compare", "doctor", "eval", "heads", "main", "plan", "run", "trace", "transcribe", "tune",
+]  # fmt: skip
 
 OURS = {"GOMP_SPINCOUNT": "3000"}  # set before torch loads: idle OpenMP threads soon stop burning a core
 

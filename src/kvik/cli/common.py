@@ -139,9 +139,10 @@ def load_model(
 
         loaded = load(model, weights=weights, device=device, share=share, progress=show)  # type: ignore[arg-type]
     if loaded.reading is not None and not reads:
-        raise UsageError(
-            f"{loaded.config.name} answers a source and continues no text; this command can't, use kvik run"
-        )
+        from kvik.models.hearing import HearingConfig
+
+        name, way = loaded.config.name, "transcribe" if isinstance(loaded.reading, HearingConfig) else "run"
+        raise UsageError(f"{name} answers a source and continues no text; this command can't, use kvik {way}")
     if loaded.encoder is not None and not encodes:
         raise UsageError(
             f"{loaded.config.name} is an encoder: it sees both sides, so it continues no text and keeps no cache; "

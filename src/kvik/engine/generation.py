@@ -17,6 +17,7 @@ from kvik.cache.step import Step
 from kvik.engine.reread import Pass, Repetition
 from kvik.engine.sampling import Sampling, choose
 from kvik.errors import UsageError
+from kvik.models.hearing import HearingConfig
 from kvik.models.model import Model
 from kvik.models.watch import Chunk
 
@@ -322,6 +323,8 @@ def ask(model: Model, prompt: str, *, raw: bool = False, **options: Any) -> Requ
     reading = model.reading
     if reading is None:
         return Request(encode_prompt(model, prompt, raw=raw), **options)
+    if isinstance(reading, HearingConfig):
+        raise UsageError(f"{reading.name} hears sound and reads no text; use kvik transcribe FILE.wav")
     if raw:
         raise UsageError(f"{reading.name} takes the prompt as its source, as it is; leave --raw out")
     if reading.own_tokenizer:

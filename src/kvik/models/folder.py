@@ -61,11 +61,11 @@ def load(folder: Path | str) -> Loaded:
         WeightsError: a file is missing, truncated or changed, or tensors do not fit the configuration.
     """
     folder = Path(folder)
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if "kvik" in values:
         return _load_prepared(folder, values)
     generation = folder / "generation_config.json"
-    config = from_hf(values, _read_json(generation) if generation.is_file() else None, folder.name)
+    config = from_hf(values, read_json(generation) if generation.is_file() else None, folder.name)
     tensors = check(read_safetensors(folder), config)
     return Loaded(config, tensors, folder, _folder_fingerprint(folder))
 
@@ -107,7 +107,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """An object in a file of a model's folder. Raises ConfigError."""
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -189,23 +189,14 @@ class Model:
             Its digest, for `Cache.open`.
 
         Raises:
-            UsageError: the model reads no source, it is empty, or ids are out of range.
+            UsageError: the model reads no source; or see `ReaderConfig.check_source`.
             ContextError: it is longer than the encoder's positions.
             BudgetError: the cache has no room for its rows; nothing changed.
         """
         if self.reader is None or self.reading is None:
             raise UsageError(f"{self.config.name} reads no source beside its text; open a sequence without one")
         given = source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
-        if not len(given):
-            raise UsageError("the source is empty; give at least one token")
-        known, most = self.reading.source_vocab, self.reading.source_positions
-        if given.dtype == torch.int64 and not ((given >= 0) & (given < known)).all():
-            raise UsageError(f"token ids must be 0 to {known - 1}; got {int(given.min())} to {int(given.max())}")
-        if most is not None and len(given) > most:
-            raise ContextError(
-                f"a source of {len(given):,} tokens is longer than the {most:,} positions of {self.config.name}'s "
-                "encoder; shorten it or give it in parts"
-            )
+        self.reading.check_source(given)
         data = given.detach().cpu().contiguous()
         name = digest(kind=f"{data.dtype} {tuple(data.shape)}".encode(), data=data.numpy().tobytes())
         if not cache.knows(name, salt):

