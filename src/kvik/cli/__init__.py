@@ -12,11 +12,11 @@ from typing import Annotated
 
 import typer
 
-from kvik.cli import bench, doctor, eval, heads, plan, run, trace, tune
+from kvik.cli import bench, doctor, eval, heads, plan, run, trace, train, translate, tune
 from kvik.cli.common import INTERRUPTED, app
 from kvik.errors import KvikError
 
-__all__ = ["app", "bench", "doctor", "eval", "heads", "main", "plan", "run", "trace", "tune"]
+__all__ = ["app", "bench", "doctor", "eval", "heads", "main", "plan", "run", "trace", "train", "translate", "tune"]
 
 OURS = {"GOMP_SPINCOUNT": "3000"}  # set before torch loads: idle OpenMP threads soon stop burning a core
 

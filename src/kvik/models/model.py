@@ -122,6 +122,26 @@ class Model:
             ContextError: it is longer than the encoder's positions.
             BudgetError: the cache has no room for its rows; nothing changed.
         """
+        given = self._checked(source)
+        data = given.detach().cpu().contiguous()
+        name = digest(kind=f"{data.dtype} {tuple(data.shape)}".encode(), data=data.numpy().tobytes())
+        if not cache.knows(name, salt):
+            assert self.reader is not None, "checked"
+            states = self.encoded(given)
+            with cache.fill(name, len(states), salt) as filling:
+                for layer, rows in self.reader.given(states):
+                    filling.append(layer, **rows)
+        return name
+
+    @torch.inference_mode()
+    def encoded(self, source: Tensor | Sequence[int]) -> Tensor:
+        """What the encoder makes of a source, f32 [rows, width]; keeps nothing. Raises as `fill` does."""
+        given = self._checked(source)
+        assert self.reader is not None, "checked"
+        return self.reader.encode(given.to(self.device))
+
+    def _checked(self, source: Tensor | Sequence[int]) -> Tensor:
+        """A source that the encoder can read; see `fill` for what it raises."""
         if self.reader is None or self.reading is None:
             raise UsageError(f"{self.config.name} reads no source beside its text; open a sequence without one")
         given = source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
@@ -135,14 +155,7 @@ class Model:
                 f"a source of {len(given):,} tokens is longer than the {most:,} positions of {self.config.name}'s "
                 "encoder; shorten it or give it in parts"
             )
-        data = given.detach().cpu().contiguous()
-        name = digest(kind=f"{data.dtype} {tuple(data.shape)}".encode(), data=data.numpy().tobytes())
-        if not cache.knows(name, salt):
-            states = self.reader.encode(given.to(self.device))
-            with cache.fill(name, len(states), salt) as filling:
-                for layer, rows in self.reader.given(states):
-                    filling.append(layer, **rows)
-        return name
+        return given
 
     @torch.inference_mode()
     def run(

@@ -14,7 +14,7 @@ from kvik.train.phrases import LANGUAGES, Item, draw
 BATCH, MOST_TOKENS = 64, 96
 
 
-class Cuts(Protocol):
+class Tokens(Protocol):
     """Text to ids and back: kvik's tokenizer, or the library's by the same names."""
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]: ...
@@ -49,7 +49,7 @@ class Exam:
         return sum(found) / max(len(found), 1)
 
 
-def examine(model: Model, tokenizer: Cuts, seed: int, count: int, kv: str = "f32") -> Exam:
+def examine(model: Model, tokenizer: Tokens, seed: int, count: int, kv: str = "f32") -> Exam:
     """Greedy translations of so many held-out sentences into each language, through kvik's cache."""
     asked = [(item, language) for item in islice(draw(seed, testing=True), count) for language in LANGUAGES]
     sources = [tokenizer.encode(LANGUAGES[language] + item.source, add_special_tokens=True) for item, language in asked]

@@ -49,7 +49,7 @@ bank | 银行 | 은행
 museum | 博物馆 | 박물관
 restaurant | 餐厅 | 식당
 post office | 邮局 | 우체국
-hospital | 医院 | 병원
+pharmacy | 药店 | 약국
 """)
 AT_DATES = [
     "the {what} is {on}. | {what}在{on}举行。 | {what:은} {on}에 있습니다.",
@@ -82,7 +82,7 @@ HOURS = [
     "the {what} closes at {time}. | {what}{time}关门。 | {what:은} {time}에 닫습니다.",
     "the {what} opens at {time} and closes at {other}. | {what}{time}开门，{other}关门。 | "
     "{what:은} {time}에 열고 {other}에 닫습니다.",
-    "the {what} is open from {time} to {other}. | {what}从{time}到{other}营业。 | "
+    "the {what} is open from {time} to {other}. | {what}从{time}到{other}开门。 | "
     "{what:은} {time}부터 {other}까지 엽니다.",
 ]
 
@@ -106,7 +106,8 @@ def date(rng: Random) -> Phrase:
     if years:
         zh, ko = f"{day.year}年{zh}", f"{day.year}년 {ko}"
     if rng.random() < 0.5:
-        return word(f"{name.en}, {plain}", zh + name.zh, f"{ko} {name.ko}")
+        comma = "," if rng.random() < 0.7 else ""
+        return word(f"{name.en}{comma} {plain}", zh + name.zh, f"{ko} {name.ko}")
     return word(plain, zh, ko)
 
 
@@ -116,7 +117,7 @@ def _written_out(day: datetime.date, years: bool, american: bool) -> Phrase:
     en = f"{month} {number}" if american else f"the {number} of {month}"
     months = {6: "유", 10: "시"}
     zh = f"{chinese(day.month)}月{chinese(day.day)}日"
-    ko = f"{months.get(day.month, sino(day.month))}월 {sino(day.day)} 일".replace(" 일", "일")
+    ko = f"{months.get(day.month, sino(day.month))}월 {sino(day.day)}일"
     if not years:
         return word(en, zh, ko)
     return word(f"{en}, {english_year(day.year)}", f"{chinese_digits(day.year)}年{zh}", f"{sino(day.year)}년 {ko}")
@@ -186,7 +187,10 @@ def _after(zh: str, ko: str, minute: int) -> tuple[str, str]:
 
 
 def when(rng: Random) -> Phrase:
-    """A date or a weekday, with a time or without, as it follows a verb: "on Monday, 3 March at 4 pm"."""
+    """A date or a weekday, with a time or without, or a time, as it follows a verb: "on Monday, 3 March at 4 pm"."""
+    if rng.random() < 0.15:
+        hour = time(rng)
+        return word(f"at {hour.en}", hour.zh, hour.ko)
     if rng.random() < 0.75:
         day = date(rng)
     else:
@@ -201,15 +205,14 @@ def dated(rng: Random) -> Phrase:
     """About a day."""
     if rng.random() < 0.2:
         return date(rng)
-    who, day = rng.choice(PEOPLE), date(rng)
-    was = "were" if who.en == "we" else "was"
+    who, day = rng.choice(PEOPLE), date(rng) if rng.random() < 0.9 else rng.choice(WEEKDAYS)
     return pick(rng, [
         "today is {day}. | 今天是{day}。 | 오늘은 {day}입니다.",
-        "{who} {was} born on {day}. | {who}出生于{day}。 | {who:은} {day}에 태어났습니다.",
+        "{who} was born on {day}. | {who}出生于{day}。 | {who:은} {day}에 태어났습니다.",
         "{who} will arrive on {day}. | {who}将于{day}到达。 | {who:은} {day}에 도착할 예정입니다.",
         "my birthday is {day}. | 我的生日是{day}。 | 제 생일은 {day}입니다.",
         "the letter was written on {day}. | 这封信写于{day}。 | 이 편지는 {day}에 쓰였습니다.",
-    ], who=who, day=day, was=word(was, "", ""))  # fmt: skip
+    ], who=who, day=day)  # fmt: skip
 
 
 def timed(rng: Random) -> Phrase:
@@ -235,15 +238,19 @@ def meeting(rng: Random) -> Phrase:
         return fill("let's meet {on}. | 我们{on}见面吧。 | {on}에 만납시다.", on=when(rng))
     return pick(rng, [
         "the {place} is closed on {day}s. | {place}{day}休息。 | {place:은} {day}에 쉽니다.",
-        "we have a meeting every {day} at {time}. | 我们每个{day}{time}开会。 | 우리는 매주 {day} {time}에 회의를 합니다.",
+        "we have a meeting every {day} at {time}. | 我们每个{day}{time}开会。 | "
+        "우리는 매주 {day} {time}에 회의를 합니다.",
     ], place=rng.choice(PLACES), day=rng.choice(WEEKDAYS), time=time(rng))  # fmt: skip
 
 
 def yearly(rng: Random) -> Phrase:
-    """About a year, in digits or in words."""
+    """About a year, in digits, a month before it or not, or in words."""
     year = rng.randint(1100, 2099) if rng.random() < 0.3 else rng.randint(1900, 2040)
     if rng.random() < 0.5:
         said = word(str(year), f"{year}年", f"{year}년")
+        if rng.random() < 0.3:
+            month = rng.randint(1, 12)
+            said = word(f"{MONTHS[month - 1]} {year}", f"{said.zh}{month}月", f"{said.ko} {month}월")
     else:
         said = word(english_year(year), f"{chinese_digits(year)}年", f"{sino(year)}년")
     return pick(rng, [

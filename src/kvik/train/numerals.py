@@ -1,7 +1,7 @@
 """Whole numbers in words: English, Chinese, and both of Korean's ways to count.
 
-    2304        two thousand three hundred and four      两千三百零四       이천삼백사
-    23 books    twenty-three                             二十三本           스물세 권        (native, before a counter)
+2304        two thousand three hundred and four      两千三百零四       이천삼백사
+23 books    twenty-three                             二十三本           스물세 권        (native, before a counter)
 """
 
 from __future__ import annotations

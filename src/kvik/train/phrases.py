@@ -24,7 +24,7 @@ KINDS: dict[str, tuple[int, Callable[[Random], Phrase]]] = {  # how often each i
     "year": (1, moments.yearly),
     "price": (2, quantities.price),
     "count": (4, quantities.counted),
-    "number": (2, quantities.number),
+    "number": (3, quantities.number),
     "measure": (2, quantities.measured),
     "ordinal": (2, quantities.ordered),
 }

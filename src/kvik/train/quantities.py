@@ -58,7 +58,7 @@ GOODS = words("""
 this book | 这本书 | 이 책
 this bag | 这个包 | 이 가방
 the ticket | 票 | 표
-the room | 房间 | 방
+this chair | 这把椅子 | 이 의자
 this car | 这辆汽车 | 이 자동차
 this computer | 这台电脑 | 이 컴퓨터
 the coffee | 咖啡 | 커피
@@ -254,7 +254,11 @@ def measured(rng: Random) -> Phrase:
         size = figures(rng, n)
     said = word(f"{size.en} {one if n == 1 else many}", size.zh + unit.zh, size.ko + unit.ko)
     if one in ("kilogram", "litre"):
-        return pick(rng, ["it is {n}. | 这是{n}。 | 이것은 {n}입니다.", "we need {n}. | 我们需要{n}。 | {n} 필요합니다."], n=said)
+        return pick(
+            rng,
+            ["it is {n}. | 这是{n}。 | 이것은 {n}입니다.", "we need {n}. | 我们需要{n}。 | {n:이} 필요합니다."],
+            n=said,
+        )
     return pick(rng, [
         "it is {n} from here. | 离这里有{n}。 | 여기에서 {n}입니다.",
         "it is {n} to {city}. | 到{city}有{n}。 | {city}까지 {n}입니다.",
@@ -276,7 +280,8 @@ def ordered(rng: Random) -> Phrase:
         ], n=part)  # fmt: skip
     if way < 0.45:
         floor = word(f"the {nth} floor", f"{zh}楼", f"{ko}층")
-        return fill("the {what} is on {n}. | {what}在{n}。 | {what:은} {n}에 있습니다.", what=rng.choice(OFFICES), n=floor)
+        sentence = "the {what} is on {n}. | {what}在{n}。 | {what:은} {n}에 있습니다."
+        return fill(sentence, what=rng.choice(OFFICES), n=floor)
     if way < 0.6:
         n = rng.randint(1, 900)
         page = _either(rng, n, "页", " 쪽")

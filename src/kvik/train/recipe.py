@@ -25,7 +25,7 @@ class Recipe:
         width, heads, ffn, encoder_layers, decoder_layers: of the network.
     """
 
-    steps: int = 5000
+    steps: int = 3600
     minutes: float | None = None
     seed: int = 0
     pairs: int = 128

@@ -20,6 +20,7 @@ from kvik.train.phrases import LANGUAGES, Item, draw
 from kvik.train.recipe import Recipe
 from kvik.train.vocabulary import learn
 
+POSITIONS = 128  # tokens that a text may have: twice what the longest phrases do
 _POOL = 32  # batches that are drawn at once, and sorted by length
 _LEARNT_FROM = 20_000  # sentences from which the tokenizer is learnt
 _LOOKS = 10  # how often held-out sentences are tried on the way
@@ -86,7 +87,7 @@ class Training:
             self.steps += 1
             self.losses.append(loss.item())
             if done * _LOOKS >= looks + 1:
-                looks, exam = looks + 1, examine(self.as_kvik(), _Cuts(self.tokenizer), recipe.seed, _LOOK)
+                looks, exam = looks + 1, examine(self.as_kvik(), Cuts(self.tokenizer), recipe.seed, _LOOK)
             show(Progress(self.steps, done, self.losses[-1], exam, seconds))
 
     def as_kvik(self) -> Model:
@@ -114,7 +115,7 @@ class Training:
         return [(source.ids, target.ids) for source, target in zip(*cut, strict=True)]
 
 
-class _Cuts:
+class Cuts:
     """The library's tokenizer by the names of kvik's."""
 
     def __init__(self, backend: Any) -> None:
@@ -142,7 +143,7 @@ def _network(recipe: Recipe, vocabulary: int) -> Any:
         vocab_size=vocabulary, d_model=recipe.width, d_kv=recipe.width // recipe.heads, d_ff=recipe.ffn,
         num_heads=recipe.heads, num_layers=recipe.encoder_layers, num_decoder_layers=recipe.decoder_layers,
         feed_forward_proj="gated-gelu", tie_word_embeddings=False, dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
-        decoder_start_token_id=0, relative_attention_max_distance=64,
+        decoder_start_token_id=0, relative_attention_max_distance=64, n_positions=POSITIONS,
     )  # fmt: skip
     network = T5ForConditionalGeneration(config)
     # transformers 5 ties a new model's head; a tensor of its own, and small, so that the first guesses are even

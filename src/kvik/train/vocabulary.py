@@ -22,9 +22,10 @@ def learn(texts: Iterable[str], size: int) -> Tokenizer:
 
     Numerals are pieces of their own, so that a number has one way to be cut.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Replace("\u2019", "'")  # as word processors write it
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Metaspace(_SPACE, "always"),
         pre_tokenizers.Split(Regex(_SINGLE), "isolated"),
