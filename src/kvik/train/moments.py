@@ -139,6 +139,11 @@ def time(rng: Random) -> Phrase:
     if way < 0.35:
         ko = f"{hour}시" + (f" {minute}분" if minute else "")
         return word(f"{hour}:{minute:02}", f"{hour}点{_minutes(minute)}", ko)
+    return _of_twelve(rng, hour, minute)
+
+
+def _of_twelve(rng: Random, hour: int, minute: int) -> Phrase:
+    """In digits, with am or pm in one of several spellings."""
     zh_part, ko_part = _part_of_day(hour)
     shown = hour % 12 or 12
     local = 0 if hour == 0 else shown  # just after midnight clocks start from 0

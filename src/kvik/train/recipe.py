@@ -25,10 +25,10 @@ class Recipe:
         width, heads, ffn, encoder_layers, decoder_layers: of the network.
     """
 
-    steps: int = 3600
+    steps: int = 4800
     minutes: float | None = None
     seed: int = 0
-    pairs: int = 128
+    pairs: int = 64
     rate: float = 2e-3
     vocabulary: int = 1200
     width: int = 128
