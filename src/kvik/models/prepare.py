@@ -44,8 +44,8 @@ _STEPS = 5
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
 _CHOICES = (
-    f"give {BUILT_IN} or {DATES} (built in), a .gguf file, a folder with config.json and model.safetensors, or a hub id such as "
-    "org/name"
+    f"give {BUILT_IN} or {DATES} (built in), a .gguf file, a folder with config.json and model.safetensors, or a hub id "
+    "such as org/name"
 )
 
 
@@ -115,8 +115,8 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
     """The folder of a model, prepared or downloaded where it has to be.
 
     Args:
-        model: "smollm2" or "dates" (built in), the path of a .gguf file, the path of a folder with config.json and safetensors
-            (used in place), or a hub id such as org/name.
+        model: "smollm2" or "dates" (built in), the path of a .gguf file, the path of a folder with config.json and
+            safetensors (used in place), or a hub id such as org/name.
         progress: is told of each step; only called where there is something to do.
 
     Raises:
