@@ -167,7 +167,8 @@ def test_ctrl_c_keeps_what_was_learnt(small, tmp_path, monkeypatch, capsys):
     ("options", "named"),
     [
         (["--steps", 0], "--steps 0"), (["--steps", 3, "--minutes", 1], "leave one of the two out"),
-        (["--minutes", "nan"], "--minutes nan"), (["--minutes", "soon"], "--minutes"), (["--sentences", 0], "--sentences 0"),
+        (["--minutes", "nan"], "--minutes nan"), (["--minutes", "soon"], "--minutes"),
+        (["--sentences", 0], "--sentences 0"),
         (["--out", "{}/file/below"], "can't be written"), (["--out", "{}"], "was not trained by kvik"),
     ],
 )  # fmt: skip

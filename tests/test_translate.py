@@ -1,4 +1,4 @@
-"""`kvik translate`: the same texts as transformers', each source read once, and the price of reading it at every step."""
+"""`kvik translate`: transformers' texts, each source read once, and the price of reading it at every step."""
 
 import io
 import json

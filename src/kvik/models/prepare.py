@@ -44,8 +44,8 @@ _STEPS = 5
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
 _CHOICES = (
-    f"give {BUILT_IN} or {DATES} (built in), a .gguf file, a folder with config.json and model.safetensors, or a hub id "
-    "such as org/name"
+    f"give {BUILT_IN} or {DATES} (built in), a .gguf file, a folder with config.json and model.safetensors, or a hub "
+    "id such as org/name"
 )
 
 
