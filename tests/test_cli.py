@@ -26,7 +26,7 @@ def in_process(monkeypatch, *arguments):
     return stopped.value.code
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["chat"], ["plan"], ["doctor"], ["eval"], ["tune"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["chat"], ["plan"], ["doctor"], ["eval"], ["tune"], ["translate"], ["train", "dates"]])
 def test_help_names_every_option_and_imports_no_torch(command):
     script = "import sys, kvik.cli\ntry: kvik.cli.main()\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, timeout=9)
