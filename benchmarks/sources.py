@@ -5,9 +5,9 @@
 A tiny T5 with random weights answers requests in batches; each reads one of the sources, in turn. Shared: a source that
 the cache knows is not encoded again, and all who read it read the same pages. Alone: every request gives its source
 under a salt of its own, so that none is found. Again: no rows of a source are kept; each step computes them anew
-from the encoder's states, in each layer. All three alternate within a round; medians. Bytes are pages and tables that open
-sequences hold when all requests are in, each page once; of the third, rows and states without what pages leave empty.
-Answers are the same in the first two, and in the third where --kv rounds nothing (f32).
+from the encoder's states, in each layer. All three alternate within a round; medians. Bytes are pages and tables that
+open sequences hold when all requests are in, each page once; of the third, rows and states without what pages leave
+empty. Answers are the same in the first two, and in the third where --kv rounds nothing (f32).
 """
 
 from __future__ import annotations

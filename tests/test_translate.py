@@ -52,6 +52,18 @@ def test_kept_and_computed_again_are_transformers_texts(name):
     assert again.rows == sum(len(s) * len(t) for s, t in zip(SOURCES, again.texts, strict=True))
 
 
+def test_a_text_ends_with_its_end_token_and_the_others_go_on():
+    theirs = drawn("t5 v1.1")
+    texts = translate(ours(theirs), SOURCES, kv="f32", max_tokens=STEPS).texts
+    end = texts[1][4]
+    theirs.config.eos_token_id = end
+    want = [text[: text.index(end) + 1] if end in text else text for text in texts]
+    assert len({len(text) for text in want}) > 1
+    model = ours(theirs)
+    assert translate(model, SOURCES, kv="f32", max_tokens=STEPS).texts == want
+    assert translate_again(model, SOURCES, kv="f32", max_tokens=STEPS).texts == want
+
+
 def test_what_is_held_is_what_the_formulas_say():
     model = ours(drawn("t5 v1.1"))
     kept = translate(model, SOURCES, kv="f32", max_tokens=STEPS)

@@ -48,7 +48,11 @@ def write(training: Training, folder: Path, exam: Exam, report: dict[str, Any]) 
         if folder.exists():
             old = work.with_name(f"{work.name}-old")
             folder.replace(old)
-            work.replace(folder)
+            try:
+                work.replace(folder)
+            except OSError:
+                old.replace(folder)
+                raise
             shutil.rmtree(old)
         else:
             work.replace(folder)
