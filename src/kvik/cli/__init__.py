@@ -12,12 +12,26 @@ from typing import Annotated
 
 import typer
 
-from kvik.cli import bench, compare, doctor, eval, heads, plan, run, trace, transcribe, tune
+from kvik.cli import (
+    bench,
+    compare,
+    doctor,
+    eval,
+    heads,
+    plan,
+    run,
+    trace,
+    train,
+    transcribe,
+    translate,
+    tune,
+)  # fmt: skip
 from kvik.cli.common import INTERRUPTED, app
 from kvik.errors import KvikError
 
 __all__ = [
-    "app", "bench", "compare", "doctor", "eval", "heads", "main", "plan", "run", "trace", "transcribe", "tune",
+    "app", "bench", "compare", "doctor", "eval", "heads", "main", "plan", "run", "trace", "train", "transcribe",
+    "translate", "tune",
 ]  # fmt: skip
 
 OURS = {"GOMP_SPINCOUNT": "3000"}  # set before torch loads: idle OpenMP threads soon stop burning a core

@@ -138,27 +138,29 @@ class Model:
 
     @torch.inference_mode()
     def encode(self, source: Tensor | Sequence[int], every: bool = False) -> Tensor:
-        """An encoder's states of a source that it sees whole. Nothing is kept: see `decoder`.
+        """States of a source that is seen whole: by an encoder, or by what a model reads beside its text with. Nothing
+        is kept: see `decoder`, and `fill`.
 
         Args:
-            source: token ids, or a tensor as `Encoder.states` takes it.
-            every: the states of every layer, those that enter the first one before them.
+            source: token ids; a picture for `Encoder.states`, or features for `Reader.encode`.
+            every: the states of every layer, those that enter the first one before them; of an encoder alone.
 
         Returns:
             f32 [rows, width], of the last layer, behind a norm where there is one; or [layers + 1, rows, width].
 
         Raises:
-            UsageError: the model is no encoder, or this is no source of it.
-            ContextError: it is longer than the model's positions.
+            UsageError: the model has no encoder, or this is no source of it.
+            ContextError: it is longer than the encoder's positions.
         """
-        if self.encoder is None or self.encoding is None:
+        seeing, checks = self.encoder or self.reader, self.encoding or self.reading
+        if seeing is None or checks is None or (every and self.encoder is None):
             raise UsageError(
                 f"{self.config.name} is no encoder; use Model.run, which keeps what it computed in a cache"
             )
-        given = source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
-        self.encoding.check_source(given)
+        given = _tensor(source)
+        checks.check_source(given)
         given = given.to(self.device)
-        return torch.stack(list(self.encoder.states(given))) if every else self.encoder.encode(given)
+        return torch.stack(list(self.encoder.states(given))) if every and self.encoder else seeing.encode(given)
 
     def embed(self, text: str) -> Tensor:
         """What a text means, as its makers take it from an encoder's states: f32 [width]; see `Pooling`.
@@ -195,12 +197,12 @@ class Model:
         """
         if self.reader is None or self.reading is None:
             raise UsageError(f"{self.config.name} reads no source beside its text; open a sequence without one")
-        given = source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
+        given = _tensor(source)
         self.reading.check_source(given)
         data = given.detach().cpu().contiguous()
         name = digest(kind=f"{data.dtype} {tuple(data.shape)}".encode(), data=data.numpy().tobytes())
         if not cache.knows(name, salt):
-            states = self.reader.encode(given.to(self.device))
+            states = self.encode(given)
             with cache.fill(name, len(states), salt) as filling:
                 for layer, rows in self.reader.given(states):
                     filling.append(layer, **rows)
@@ -306,6 +308,10 @@ def load(
     else:
         ready.pooling = embedding.read(loaded.tokenizer_folder)
     return ready
+
+
+def _tensor(source: Tensor | Sequence[int]) -> Tensor:
+    return source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
 
 
 def _check_weights(weights: str) -> None:
