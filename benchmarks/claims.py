@@ -29,6 +29,8 @@ from kvik.bench.counting import Tally
 from kvik.models.watch import Chunk
 from kvik.plan import run_plan
 from kvik.plan.work import Arithmetic
+from kvik.trace.context import SENTENCE as SENTENCE_OF_IT
+from kvik.trace.context import compare, split
 
 DOCS = Path(__file__).parent.parent / "docs"
 TEXT = (
@@ -67,6 +69,7 @@ def exact(model: kvik.Model) -> Figures:
         **_steps(model, tokens),
         **_causality(model, tokens),
         **_meeting(model, tokens),
+        **_encoder(kvik.load("minilm", weights="f32")),
     }
 
 
@@ -136,6 +139,12 @@ def _meeting(model: kvik.Model, tokens: list[int]) -> Figures:
         out[f"later_changed_{name}"] = moved(before, after, later).get("logits", 0)
         out[f"earlier_changed_{name}"] = moved(before, after, earlier).get("logits", 0)
     return out
+
+
+def _encoder(model: kvik.Model) -> Figures:
+    """One more word to an encoder: how many earlier states, a token's at a layer, are others."""
+    found = compare(model, *split(SENTENCE_OF_IT, None))
+    return {"encoder_states": found.moved.size, "encoder_moved": int((found.moved > 0).sum())}
 
 
 def timed(model: kvik.Model, rounds: int) -> Figures:

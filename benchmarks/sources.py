@@ -4,8 +4,10 @@
 
 A tiny T5 with random weights answers requests in batches; each reads one of the sources, in turn. Shared: a source that
 the cache knows is not encoded again, and all who read it read the same pages. Alone: every request gives its source
-under a salt of its own, so that none is found. Both alternate within a round; medians. Bytes are pages and tables that
-open sequences hold when all requests are in, each page once; answers are the same in both.
+under a salt of its own, so that none is found. Again: no rows of a source are kept; each step computes them anew
+from the encoder's states, in each layer. All three alternate within a round; medians. Bytes are pages and tables that
+open sequences hold when all requests are in, each page once; of the third, rows and states without what pages leave
+empty. Answers are the same in the first two, and in the third where --kv rounds nothing (f32).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 
 from kvik import events
 from kvik.cache.books import bytes_in_use
+from kvik.engine.translation import translate_again
 from kvik.models import families
 from kvik.models.model import Model
 
@@ -38,7 +41,7 @@ class Outcome:
 
     Attributes:
         encoded: how often the encoder ran.
-        filled: bytes of the source's rows that were computed.
+        filled: bytes of the sources' rows that were computed, each time that they were.
         held: bytes that all requests held together, at their end.
         seconds: to fill and open, and to answer.
         answers: token ids.
@@ -92,6 +95,14 @@ def load(model: Model, sources: list[list[int]], options: argparse.Namespace, sh
     return Outcome(len(filled), len(filled) * source_bytes, held, (opened - started, ended - opened), answers)
 
 
+def again(model: Model, sources: list[list[int]], options: argparse.Namespace) -> Outcome:
+    """The same requests without a cache for cross-attention."""
+    asked = [sources[number % len(sources)] for number in range(options.requests)]
+    found = translate_again(model, asked, kv=options.kv, memory=1 << 30, max_tokens=options.tokens)
+    filled = found.rows * model.spec(options.kv).nbytes(0, source=options.rows).payload // options.rows
+    return Outcome(found.encoded, filled, found.held or 0, (found.source_s, found.text_s), found.texts)
+
+
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,11 +114,12 @@ def main() -> None:
     model = tiny(options.weights)
     g = torch.Generator().manual_seed(1)
     sources = [torch.randint(3, VOCAB, (options.rows,), generator=g).tolist() for _ in range(options.sources)]
-    both: dict[bool, list[Outcome]] = {True: [], False: []}
+    ways: dict[str, list[Outcome]] = {"shared": [], "alone": [], "again": []}
     for _ in range(options.rounds):
-        for shared, found in both.items():
-            found.append(load(model, sources, options, shared))
-    once, each = both[True][0], both[False][0]
+        ways["shared"].append(load(model, sources, options, True))
+        ways["alone"].append(load(model, sources, options, False))
+        ways["again"].append(again(model, sources, options))
+    once, each = ways["shared"][0], ways["alone"][0]
     assert once.answers == each.answers, "what is shared changes no token"
     assert (once.encoded, each.encoded) == (min(options.sources, options.requests), options.requests)
     print(
@@ -115,14 +127,15 @@ def main() -> None:
         f"tokens each · cache {options.kv}, weights {model.weights}, medians of {options.rounds} rounds\n"
     )
     print(f"{'':8}{'encoder runs':>14}{'source rows computed':>22}{'held at the end':>17}{'fill':>10}{'answer':>10}")
-    for shared, name in ((True, "shared"), (False, "alone")):
-        found = both[shared]
+    for name, found in ways.items():
         fill, answer = (statistics.median(each.seconds[i] for each in found) for i in (0, 1))
         mib = [f"{x / 2**20:.1f} MiB" for x in (found[0].filled, found[0].held)]
         print(f"{name:8}{found[0].encoded:>14}{mib[0]:>22}{mib[1]:>17}{fill:>8.2f} s{answer:>8.2f} s")
-    fills = statistics.median(b.seconds[0] / a.seconds[0] for a, b in zip(both[True], both[False], strict=True))
+    fills = statistics.median(b.seconds[0] / a.seconds[0] for a, b in zip(ways["shared"], ways["alone"], strict=True))
+    answers = statistics.median(b.seconds[1] / a.seconds[1] for a, b in zip(ways["shared"], ways["again"], strict=True))
     print(
-        f"\nbytes {each.held / once.held:.2f} ×, encoder runs {each.encoded / once.encoded:.0f} ×, fill {fills:.1f} ×"
+        f"\nalone : shared  bytes {each.held / once.held:.2f} ×, encoder runs {each.encoded / once.encoded:.0f} ×, "
+        f"fill {fills:.1f} ×\nagain : shared  answer {answers:.1f} ×"
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import readers
 from helpers import listening
 from kvik import events
 from kvik.cache.cache import Cache
@@ -16,7 +17,7 @@ from kvik.models.constraints import Constraints
 from kvik.models.fields import Fields
 from kvik.models.model import Model
 from kvik.models.weights import check
-from readers import drawn, ours, tokens
+from readers import drawn, generate, ours, tokens
 
 MEMORY = 16 << 20
 NEW = 20
@@ -31,7 +32,7 @@ def llama():
     return theirs, Model(config, {n: theirs.state_dict()[n] for n in config.tensor_shapes()}, weights="f32")
 
 
-@pytest.fixture(scope="module", params=["t5", "bart", "marian", "llama"])
+@pytest.fixture(scope="module", params=["t5", "bart", "marian", "whisper", "llama"])
 def pair(request):
     """(transformers' model, ours); their makers' wishes about tokens taken away."""
     if request.param == "llama":
@@ -44,8 +45,8 @@ def pair(request):
 @torch.no_grad()
 def their_beams(theirs, given, ends, count, **options):
     """[(new tokens, score)], best first."""
-    out = theirs.generate(
-        torch.tensor([given]), attention_mask=torch.ones(1, len(given)), num_beams=count, num_return_sequences=count,
+    out = generate(
+        theirs, given, attention_mask=torch.ones(1, len(given)), num_beams=count, num_return_sequences=count,
         max_new_tokens=NEW, do_sample=False, eos_token_id=ends or None, pad_token_id=1, return_dict_in_generate=True,
         output_scores=True, use_cache=not theirs.config.is_encoder_decoder, **options,
     )  # fmt: skip
@@ -57,7 +58,7 @@ def our_beams(model, given, ends, count, kv="f32", **options):
     cache = model.cache(kv, memory=MEMORY)
     source = None if model.reading is None else model.fill(cache, given)
     found = beams(
-        model, cache, [] if source else given, source=source, ends=ends, count=count, max_tokens=NEW, **options
+        model, cache, given if source is None else [], source=source, ends=ends, count=count, max_tokens=NEW, **options
     )
     cache.check()
     assert cache.books.in_use == 0, "all closed"
@@ -85,7 +86,7 @@ SETTINGS = list(product((1.0, 0.0, 2.5, -1.0), (True, False, "never"), (2, 4)))
 def test_beams_are_those_of_transformers(pair, length_penalty, early_stopping, count):
     theirs, model = pair
     seed = SETTINGS.index((length_penalty, early_stopping, count))
-    given = tokens(11 + seed, seed)
+    given = readers.source(model, 11 + seed, seed)
     ends = some_ends(theirs, given)[: 1 + seed % 4]
     options = dict(length_penalty=length_penalty, early_stopping=early_stopping)
     got = our_beams(model, given, ends, count, **options)
@@ -96,7 +97,7 @@ def test_beams_are_those_of_transformers(pair, length_penalty, early_stopping, c
 def test_texts_really_end_before_the_limit(pair):
     """Else the settings above would compare nothing but texts of one length."""
     theirs, model = pair
-    given = tokens(11, 0)
+    given = readers.source(model, 11, 0)
     ends = some_ends(theirs, given)
     lengths = [{len(b.token_ids) for b in our_beams(model, given, ends, 4, length_penalty=p)} for p in (-1.0, 0.0, 2.5)]
     assert min(lengths[0]) < min(lengths[2]) <= NEW and len(set.union(*lengths)) > 3
@@ -117,7 +118,7 @@ def test_texts_really_end_before_the_limit(pair):
 )
 def test_wishes_of_a_models_makers_hold_as_in_transformers(pair, options, constraints, least):
     theirs, model = pair
-    given = tokens(12, 3)
+    given = readers.source(model, 12, 3)
     ends = some_ends(theirs, given)
     made = Constraints() if constraints is None else Constraints.read(Fields(options, "x"), tuple(ends))
     got = our_beams(model, given, ends, 3, constraints=made, min_tokens=least)
@@ -188,7 +189,7 @@ def _nothing(step):
 @pytest.mark.parametrize("kv", ["int8+window:12,sinks:2", "f32+keydiff:20rows,recent:4,every:8; page 16", "int4"])
 def test_beams_run_under_any_spec(pair, kv):
     _, model = pair
-    found = our_beams(model, tokens(11, 5), (11,), 3, kv)
+    found = our_beams(model, readers.source(model, 11, 5), (11,), 3, kv)
     scores = [beam.score for beam in found]
     assert len(found) == 3 and scores == sorted(scores, reverse=True)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
 
 import kvik
+from encoders import encoder
 from helpers import text
 from test_laws import tiny
 
@@ -70,15 +70,11 @@ def test_tokens_meet_in_attention_alone(family):
 
 def test_an_encoder_has_nothing_to_keep():
     """One more word, and every earlier state of a small BERT (random weights) is another, in every layer."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
-    bert = BertModel(BertConfig(vocab_size=50, **sizes)).eval()
-    tokens = torch.tensor([text(12)])
-    with torch.no_grad():
-        before, after = (bert(some, output_hidden_states=True).hidden_states for some in (tokens[:, :-1], tokens))
-    assert torch.equal(before[0], after[0][:, :-1]), "what enters the first layer knows of no neighbour"
-    for one, other in zip(before[1:], after[1:], strict=True):
-        assert (one - other[:, :-1]).abs().amax(dim=-1).min() > 1e-4
+    model, tokens = encoder("bert"), text(12)
+    before, after = model.encode(tokens[:-1], every=True), model.encode(tokens, every=True)
+    assert torch.equal(before[0], after[0, :-1]), "what enters the first layer knows of no neighbour"
+    assert (before[1:] - after[1:, :-1]).abs().amax(dim=-1).min() > 1e-4
+    assert model.spec("int8").nbytes(10**6).allocated == 0
 
 
 @pytest.mark.weights

@@ -28,6 +28,7 @@ def test_the_page_is_written_from_its_figures():
         {"rows_without": 64}, {"pairs_with": 64}, {"rows_read_last": 1}, {"last_step": {"q": 1, "k": 0, "v": 0}},
         {"gpt3_token": 20_480}, {"opt": 180 * 2**30}, {"stored_changed": 1}, {"moved": 1}, {"logits_different": 1},
         {"later_changed_alone": 1}, {"earlier_changed_attending": 1}, {"moved_both_ways": 0},
+        {"encoder_moved": 77}, {"encoder_moved": 0, "encoder_states": 0},
     ],
     ids=str,
 )  # fmt: skip

@@ -26,7 +26,10 @@ def in_process(monkeypatch, *arguments):
     return stopped.value.code
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["chat"], ["plan"], ["doctor"], ["eval"], ["tune"]])
+COMMANDS = ["", "run", "chat", "plan", "doctor", "eval", "tune", "translate", "train dates"]
+
+
+@pytest.mark.parametrize("command", [name.split() for name in COMMANDS])
 def test_help_names_every_option_and_imports_no_torch(command):
     script = "import sys, kvik.cli\ntry: kvik.cli.main()\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script, *command, "--help"], capture_output=True, text=True, timeout=9)

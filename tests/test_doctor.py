@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -374,7 +375,8 @@ def test_missing_kernels_are_told_once_unless_they_are_not_wanted(
 
     monkeypatch.setenv("KVIK_OPS", environment)
     monkeypatch.setattr(loader, "built", lambda: built)
-    monkeypatch.setattr("kvik.models.model.load", lambda *_, **__: "a model")
-    assert common.load_model("smollm2", "auto", device) == "a model"
+    model = SimpleNamespace(reading=None, encoder=None)
+    monkeypatch.setattr("kvik.models.model.load", lambda *_, **__: model)
+    assert common.load_model("smollm2", "auto", device) is model
     out, errors = capsys.readouterr()
     assert (out, errors) == ("", f"{common.NO_KERNELS}\n" if told else "")

@@ -1,11 +1,16 @@
 """A file imports only from below: read from the sources, lazy imports included. And files stay short."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from kvik.models.families import FAMILIES
+from kvik.models.shapes.families import FAMILIES as SIZED
+from kvik.models.wheels import BUILT_IN
 
 SOURCE = Path(__file__).parent.parent / "src" / "kvik"
 FLOORS = (
@@ -121,3 +126,41 @@ def test_torch_is_not_loaded_on_the_way_to(code):
 
 def test_torch_would_be_seen():
     assert "torch" in modules_after("import kvik", "kvik.Cache")
+
+
+def family_names():
+    """What config.json and GGUF files call the families that kvik runs or sizes."""
+    sized = {name for name in SIZED if name != "plain"}
+    return sized | {name for family in FAMILIES for name in (family.config.family, *family.kinds, *family.archs)}
+
+
+def named(tree, names):
+    """Families that a file's names or texts mention, its documentation aside."""
+    documented = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documented:
+            words = re.findall(r"[a-z][a-z0-9]*", re.sub("|".join(map(re.escape, BUILT_IN)), "", node.value.lower()))
+        else:
+            words = re.findall(r"[a-z][a-z0-9]*", str(getattr(node, "id", getattr(node, "attr", ""))).lower())
+        yield from names & set(words)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_no_file_outside_models_names_a_family(path):
+    top = path.relative_to(SOURCE).parts[0]
+    if top not in ("models", "train"):  # what is trained must be of some family
+        assert not set(named(ast.parse(path.read_text()), family_names()))
+
+
+def test_a_family_is_noticed_in_names_and_texts_but_not_in_documentation():
+    names = family_names()
+    assert {"llama", "t5", "gpt2", "whisper", "bert", "deepseek_v3"} & names
+    for text in ("if kind == 'llama':\n    pass", "from x import y\nllama(y)", "x.llama = f'{x} of t5'"):
+        assert set(named(ast.parse(text), names))
+    assert not set(named(ast.parse("'''As in Llama.'''\ndef f():\n    '''T5's.'''"), names))

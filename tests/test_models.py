@@ -10,11 +10,11 @@ from kvik.engine.generation import prefill
 from kvik.errors import ContextError, SpecError, UsageError
 from kvik.models import families
 from kvik.models.parts import multiplied
+from kvik.models.shapes.wellknown import CONFIGS
 from kvik.models.watch import Watch
 from kvik.ops.linear import Linear
 from kvik.ops.loader import native
 from kvik.plan import from_config, make_plan, run_plan
-from kvik.plan.wellknown import CONFIGS
 from tiny_models import FAMILIES, deepseek, drawn, llama, ours, their_logits, tokens
 
 

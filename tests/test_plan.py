@@ -13,8 +13,8 @@ from rich.console import Console
 
 from kvik.cache.spec import Spec
 from kvik.errors import SpecError, UsageError
+from kvik.models.shapes.wellknown import CONFIGS
 from kvik.plan import from_config, known_models, list_plans, lookup, make_plan, render_list, render_plan, run_plan
-from kvik.plan.wellknown import CONFIGS
 from kvik.units import format_bytes, format_count, parse_bytes
 from tiny_config import LLAMA
 
@@ -272,7 +272,7 @@ def test_a_plan_is_plain_json_with_the_same_figures() -> None:
     assert told["textbook"] == {"text": plan.textbook.text, "bytes": 180_388_626_432, "ratio": 1.0}  # type: ignore[union-attr]
     assert told["weights"]["bytes"] == 59_949_080_576
     assert told["memory"]["largest_batch"] == plan.fit.batch  # type: ignore[union-attr]
-    assert json.loads(json.dumps([p.to_dict() for p in list_plans("int8")[0]]))[0]["model"] == "whisper-tiny.en"
+    assert json.loads(json.dumps([p.to_dict() for p in list_plans("int8")[0]]))[0]["model"] == "minilm"
 
 
 def test_planning_needs_no_torch() -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from kvik.cache.spec import LayerShape
 from kvik.errors import ConfigError, StorageError
+from kvik.models.shapes.wellknown import ALIASES, CONFIGS
 from kvik.plan import from_config, lookup, make_plan, run_plan
-from kvik.plan.wellknown import ALIASES, CONFIGS
 from tiny_config import LLAMA
 
 WHISPER = {"model_type": "whisper", "d_model": 24, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 40}
@@ -34,6 +34,7 @@ EXPERTS = {"n_routed_experts": 4, "n_shared_experts": 2, "moe_intermediate_size"
         ("phi-3-mini-4k", 3.82), ("deepseek-v2", 236), ("deepseek-v3", 671), ("t5-small", 0.0605), ("t5-base", 0.223),
         ("t5-large", 0.738), ("t5-11b", 11.3), ("whisper-tiny.en", 0.0378), ("whisper-base", 0.0726),
         ("whisper-large-v3", 1.54), ("bert-base", 0.11), ("smollm2-360m", 0.362), ("smollm2-1.7b", 1.71),
+        ("minilm", 0.0227), ("vit-base", 0.0864),
     ],
 )  # fmt: skip
 def test_parameters_of_the_table_agree_with_the_published_rounded_sizes(name: str, billions: float) -> None:
@@ -77,6 +78,10 @@ TINY: list[tuple[str, dict[str, Any]]] = [
                                          "vocab_size": 90, "decoder_attention_heads": 3, "pad_token_id": 0,
                                          "num_mel_bins": 7}),
     ("BertModel", {**LLAMA, "model_type": "bert"}),
+    ("ViTModel", {"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+                  "intermediate_size": 40, "image_size": 20, "patch_size": 5, "num_channels": 2}),
+    ("ViTModel", {"model_type": "vit", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+                  "intermediate_size": 40, "image_size": 20, "patch_size": 4, "qkv_bias": False}),
 ]  # fmt: skip
 
 

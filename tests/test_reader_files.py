@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, processors
 from tokenizers.pre_tokenizers import ByteLevel
 
+import readers
 from kvik.engine.generation import Generation, Request, ask, encode_prompt, generate, opened
 from kvik.engine.sampling import Sampling
 from kvik.errors import ConfigError, UsageError, WeightsError
@@ -39,7 +40,7 @@ def saved(folder, theirs, change=lambda tensors: tensors, **settings):
 def check_folder(folder, theirs):
     loaded = load(folder)
     model = Model(loaded.config, loaded.tensors, weights="f32")
-    source, text = tokens(20, 1), tokens(30, 2)
+    source, text = readers.source(model, 20, 1), tokens(30, 2)
     assert (read(model, source, text) - their_logits(theirs, source, text)).abs().max() < 1e-4
 
 

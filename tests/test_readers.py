@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import readers
 from helpers import listening
 from kvik import events
 from kvik.errors import ContextError, SpecError, UsageError
@@ -40,20 +41,19 @@ def read(model, source, text, kv="f32", pieces=None, **options):
 @pytest.mark.parametrize("rows", [1, 33, 200])
 def test_prompt_logits_equal_transformers(pair, rows, ops):
     theirs, model = pair
-    source, text = tokens(rows, rows), begun(model, 130)
+    source, text = readers.source(model, rows, rows), begun(model, 130)
     got = read(model, source, text)
     assert (got - their_logits(theirs, source, text)).abs().max() < 1e-4
 
 
 def test_64_greedy_steps_equal_transformers(pair):
     theirs, model = pair
-    source = tokens(60, 1)
-    with torch.no_grad():
-        want = theirs.generate(
-            torch.tensor([source]), max_new_tokens=64, do_sample=False, eos_token_id=None, forced_eos_token_id=None,
-            pad_token_id=1, return_dict_in_generate=True, output_logits=True,
-            use_cache=False,  # theirs has as many layers as the encoder
-        )  # fmt: skip
+    source = readers.source(model, 60, 1)
+    want = readers.generate(
+        theirs, source, max_new_tokens=64, do_sample=False, eos_token_id=None, forced_eos_token_id=None,
+        pad_token_id=1, return_dict_in_generate=True, output_logits=True,
+        use_cache=False,  # theirs has as many layers as the encoder
+    )  # fmt: skip
     cache = model.cache("f32", memory=MEMORY)
     token = model.reading.start_id
     with cache.open(source=model.fill(cache, source)) as sequence:
@@ -68,13 +68,13 @@ def test_64_greedy_steps_equal_transformers(pair):
 def test_a_ragged_batch_over_sources_of_which_some_are_shared(pair):
     """Four texts about three sources; the encoder runs three times, and every cut gives transformers' logits."""
     theirs, model = pair
-    sources = [tokens(200, 1), tokens(1, 2), tokens(33, 3)]
+    sources = [readers.source(model, count, seed) for count, seed in ((200, 1), (1, 2), (33, 3))]
     about = [0, 1, 2, 0]
     texts = [begun(model, count, seed=count) for count in (90, 1, 47, 61)]
     cache = model.cache("f32", memory=MEMORY)
     heard = listening(cache)
     sequences = [cache.open(source=model.fill(cache, sources[which])) for which in about]
-    assert [e.rows for e in heard if isinstance(e, events.Filled)] == [200, 1, 33]
+    assert [e.rows for e in heard if isinstance(e, events.Filled)] == [readers.rows(model, n) for n in (200, 1, 33)]
     want = [their_logits(theirs, sources[which], text) for which, text in zip(about, texts, strict=True)]
     for pieces in ((40, 1, 7, 61), (49, 0, 1, 0), (1, 0, 39, 0)):
         members = [i for i, piece in enumerate(pieces) if piece]
@@ -86,24 +86,24 @@ def test_a_ragged_batch_over_sources_of_which_some_are_shared(pair):
     cache.check()
 
 
-@pytest.mark.parametrize("name", ["t5", "t5 v1.1", "bart", "marian"])
+@pytest.mark.parametrize("name", ["t5", "t5 v1.1", "bart", "marian", "whisper"])
 @pytest.mark.parametrize(("kv", "weights"), [("f32", "f32"), ("int8; cross: int4", "int8"), ("k8v4", "int4")])
 def test_the_cut_and_neighbours_cannot_show(name, kv, weights, ops):
     model = ours(drawn(name), weights)
-    source, text = tokens(75, 1), begun(model, 70)
+    source, text = readers.source(model, 75, 1), begun(model, 70)
     whole = read(model, source, text, kv)
     assert torch.equal(read(model, source, text, kv, (1, 30, 2, 37)), whole)
     cache = model.cache(kv, memory=MEMORY)
-    other = cache.open(source=model.fill(cache, tokens(9, 7)))
+    other = cache.open(source=model.fill(cache, readers.source(model, 9, 7)))
     mine = cache.open(source=model.fill(cache, source))
     got = model.run([(other, begun(model, 33, 5)), (mine, text)], every=True)
     assert torch.equal(got[33:], whole)
 
 
-@pytest.mark.parametrize("name", ["t5 v1.1", "bart"])
+@pytest.mark.parametrize("name", ["t5 v1.1", "bart", "whisper"])
 def test_the_backends_agree(name, monkeypatch):
     model = ours(drawn(name))
-    source, text = tokens(75, 1), begun(model, 100)
+    source, text = readers.source(model, 75, 1), begun(model, 100)
     exact = read(model, source, text)
     for kv, limit in (("f32", 1e-5), ("int8", 0.01), ("int4; cross: int8", 0.15)):  # a code flips in a deeper layer
         found = []
@@ -114,18 +114,18 @@ def test_the_backends_agree(name, monkeypatch):
 
 
 @pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
-@pytest.mark.parametrize("name", ["t5", "t5 v1.1", "bart", "marian"])
+@pytest.mark.parametrize("name", ["t5", "t5 v1.1", "bart", "marian", "whisper"])
 def test_smaller_weights_stay_close_to_f32(name, weights):
-    theirs = drawn(name)
-    source, text = tokens(50, 1), tokens(60)
-    exact, rounded = (read(ours(theirs, w), source, text) for w in ("f32", weights))
+    models = [ours(drawn(name), w) for w in ("f32", weights)]
+    source, text = readers.source(models[0], 50, 1), tokens(60)
+    exact, rounded = (read(model, source, text) for model in models)
     error = (exact - rounded).abs().max() / exact.std()
     assert 0 < error < {"bf16": 0.15, "int8": 0.3, "int4": 3.0}[weights]
 
 
 def test_forks_trims_and_prefixes_read_the_same_source(pair):
     theirs, model = pair
-    source, text = tokens(40, 1), begun(model, 90)
+    source, text = readers.source(model, 40, 1), begun(model, 90)
     want = their_logits(theirs, source, text)
     cache = model.cache("f32", memory=MEMORY)
     name = model.fill(cache, source)
@@ -138,7 +138,10 @@ def test_forks_trims_and_prefixes_read_the_same_source(pair):
         assert (got[:30] - want[50:80]).abs().max() < 1e-4 and (got[30:] - want[70:]).abs().max() < 1e-4
         sequence.settle()
         twin.close()
-    with cache.open(text, source=name) as again, cache.open(text, source=model.fill(cache, tokens(40, 2))) as other:
+    with (
+        cache.open(text, source=name) as again,
+        cache.open(text, source=model.fill(cache, readers.source(model, 40, 2))) as other,
+    ):
         assert (again.cached, other.cached) == (64, 0)
         assert (model.run([(again, text[64:])], every=True) - want[64:]).abs().max() < 1e-4
     cache.check()

@@ -36,7 +36,7 @@ class Stopwatch:
         decoder.blocks = [self._timed(block) for block in model.decoder.blocks]
         decoder.head = self._timed(model.decoder.head)
         self.model = copy.copy(model)
-        self.model.decoder = decoder
+        self.model.network = decoder
         assert len(self.linears) == products((model.decoder.blocks, model.decoder.head)), "every product is timed"
 
     def watch(self, step: Chunk) -> Watch:

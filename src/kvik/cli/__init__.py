@@ -12,11 +12,27 @@ from typing import Annotated
 
 import typer
 
-from kvik.cli import bench, doctor, eval, heads, plan, run, trace, tune
+from kvik.cli import (
+    bench,
+    compare,
+    doctor,
+    eval,
+    heads,
+    plan,
+    run,
+    trace,
+    train,
+    transcribe,
+    translate,
+    tune,
+)  # fmt: skip
 from kvik.cli.common import INTERRUPTED, app
 from kvik.errors import KvikError
 
-__all__ = ["app", "bench", "doctor", "eval", "heads", "main", "plan", "run", "trace", "tune"]
+__all__ = [
+    "app", "bench", "compare", "doctor", "eval", "heads", "main", "plan", "run", "trace", "train", "transcribe",
+    "translate", "tune",
+]  # fmt: skip
 
 OURS = {"GOMP_SPINCOUNT": "3000"}  # set before torch loads: idle OpenMP threads soon stop burning a core
 

@@ -110,12 +110,15 @@ def progress() -> Iterator[Show]:
         yield show
 
 
-def load_model(model: str, weights: str, device: str, share: str | None = None, *, reads: bool = False) -> Model:
+def load_model(
+    model: str, weights: str, device: str, share: str | None = None, *, reads: bool = False, encodes: bool = False
+) -> Model:
     """Loads with a progress bar where there is something to prepare. Says so if the kernels were not built.
 
     Args:
         share: layers read the rows of others, by a rule of `cache/sharing.py`.
         reads: whether the command knows models that read a source beside their text.
+        encodes: whether it knows those that only encode.
     """
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -136,8 +139,14 @@ def load_model(model: str, weights: str, device: str, share: str | None = None, 
 
         loaded = load(model, weights=weights, device=device, share=share, progress=show)  # type: ignore[arg-type]
     if loaded.reading is not None and not reads:
+        from kvik.models.hearing import HearingConfig
+
+        name, way = loaded.config.name, "transcribe" if isinstance(loaded.reading, HearingConfig) else "run"
+        raise UsageError(f"{name} answers a source and continues no text; this command can't, use kvik {way}")
+    if loaded.encoder is not None and not encodes:
         raise UsageError(
-            f"{loaded.config.name} answers a source and continues no text; this command can't, use kvik run"
+            f"{loaded.config.name} is an encoder: it sees both sides, so it continues no text and keeps no cache; "
+            "use kvik compare-context, which shows why, or Model.encode in Python"
         )
     if device == "cpu":
         _tell_of_missing_kernels()

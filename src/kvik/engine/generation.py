@@ -17,6 +17,7 @@ from kvik.cache.step import Step
 from kvik.engine.reread import Pass, Repetition
 from kvik.engine.sampling import Sampling, choose
 from kvik.errors import UsageError
+from kvik.models.hearing import HearingConfig
 from kvik.models.model import Model
 from kvik.models.watch import Chunk
 
@@ -322,14 +323,21 @@ def ask(model: Model, prompt: str, *, raw: bool = False, **options: Any) -> Requ
     reading = model.reading
     if reading is None:
         return Request(encode_prompt(model, prompt, raw=raw), **options)
+    if isinstance(reading, HearingConfig):
+        raise UsageError(f"{reading.name} hears sound and reads no text; use kvik transcribe FILE.wav")
     if raw:
         raise UsageError(f"{reading.name} takes the prompt as its source, as it is; leave --raw out")
-    if reading.own_tokenizer:
+    return Request([reading.start_id], source=source_ids(model, prompt), **options)
+
+
+def source_ids(model: Model, text: str) -> list[int]:
+    """The token ids of a text as a source. Raises UsageError where the folder's tokenizer is for other texts alone."""
+    if model.reading is not None and model.reading.own_tokenizer:
         raise UsageError(
-            f"{reading.name} has token ids of its own for sources, and one tokenizer in its folder; encode the source "
-            "yourself and give it to `Model.fill`"
+            f"{model.reading.name} has token ids of its own for sources, and one tokenizer in its folder; encode the "
+            "source yourself and give it to `Model.fill`"
         )
-    return Request([reading.start_id], source=_encoded(model, prompt, special=True), **options)
+    return _encoded(model, text, special=True)
 
 
 def encode_prompt(model: Model, prompt: str, *, raw: bool = False) -> list[int]:

@@ -61,8 +61,8 @@ class Config:
         """The same model with layers that read the rows of others, by one of `cache/sharing.py`'s rules: another model,
         for which the weights were not trained. Raises UsageError."""
         raise UsageError(
-            f"share {rule!r}: layers of {self.family} models can't share rows in kvik; leave it out, or use a model of "
-            "Llama's kin"
+            f"share {rule!r}: layers of {self.family} models can't share rows in kvik; leave it out, or use another "
+            "model, such as smollm2"
         )
 
     def other_names(self) -> dict[str, tuple[str, ...]]:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kvik.models.families import from_gguf
-from kvik.models.folder import load, write_prepared
+from kvik.models import ctranslate2, embedding
+from kvik.models.families import from_gguf, from_hf
+from kvik.models.folder import load, read_json, write_prepared
 from kvik.models.gguf_tokenizer import write_tokenizer
+from kvik.models.tokenizer import Tokenizer
 from kvik.models.weights import check, read_gguf
 
 Tell = Callable[[str], None]  # what happens now
@@ -44,5 +46,18 @@ def convert_folder(weights: Path, into: Path, source: dict[str, object], tell: T
     for name in _TOKENIZER_FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, into / name)
+    embedding.keep(into, embedding.read(folder))
     tell("write the prepared model")
     write_prepared(into, replace(loaded.config, name=str(source["name"])), loaded.tensors, source)
+
+
+def convert_ctranslate2(weights: Path, into: Path, source: dict[str, object], tell: Tell) -> None:
+    """From CTranslate2's model.bin, beside which its config.json and tokenizer.json lie. See `convert_folder`."""
+    folder = weights.parent
+    described, tensors = ctranslate2.whisper(ctranslate2.read_model(weights), weights)
+    tokenizer = Tokenizer(folder)
+    settings = ctranslate2.whisper_settings(read_json(folder / "config.json"), tokenizer, int(described["vocab_size"]))
+    config = from_hf(described, settings, str(source["name"]))
+    shutil.copyfile(folder / "tokenizer.json", into / "tokenizer.json")
+    tell("write the prepared model")
+    write_prepared(into, config, check(tensors, config), source)

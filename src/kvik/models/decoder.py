@@ -14,16 +14,14 @@ from kvik.ops.linear import Linear
 from kvik.ops.pointwise import RowFunction
 
 
-class Decoder(Protocol):
-    """A network that takes chunks of text through its layers.
+class Network(Protocol):
+    """What every family's network has.
 
     Attributes:
-        layers: what each layer keeps of a token.
-        head: the output projection.
+        layers: what each layer keeps of a token; none of them where nothing that was computed stays valid.
     """
 
     layers: list[LayerShape]
-    head: Linear
 
     @property
     def blocks(self) -> Sequence[object]:
@@ -31,10 +29,35 @@ class Decoder(Protocol):
 
     @property
     def norm(self) -> RowFunction | None:
-        """What stands before the head; None = nothing."""
+        """What stands before a decoder's head, or an encoder's last states; None = nothing."""
+
+
+class Decoder(Network, Protocol):
+    """A network that takes chunks of text through its layers.
+
+    Attributes:
+        head: the output projection.
+    """
+
+    head: Linear
 
     def forward(self, step: Chunk, tokens: Tensor, rows: Tensor) -> Tensor:
         """Takes a step's tokens through all layers; logits of the chosen rows."""
+
+
+class Encoder(Network, Protocol):
+    """A network that sees a source whole, every row beside all others: one more row changes every state of the others,
+    so that there is nothing to cache. Its `layers` are none."""
+
+    def states(self, source: Tensor) -> Iterator[Tensor]:
+        """What enters the first layer, and then what leaves each: f32 [rows, width], new tensors.
+
+        Args:
+            source: token ids, int64 [n] (or [n, 2] with their types), or a picture, f32 [channels, height, width].
+        """
+
+    def encode(self, source: Tensor) -> Tensor:
+        """The last layer's states, behind a norm where there is one: f32 [rows, width]."""
 
 
 class Reader(Decoder, Protocol):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvik.models import bart, deepseek, gemma, gpt2, llama, opt, qwen, t5
+from kvik.models import bart, bert, deepseek, gemma, gpt2, llama, opt, qwen, t5, vit, whisper
 from kvik.models.config import Config
-from kvik.models.decoder import Decoder
+from kvik.models.decoder import Decoder, Encoder
 from kvik.models.fields import Fields
 from kvik.models.parts import Source
 
@@ -28,7 +28,7 @@ class Family:
 
     config: type[Config]
     read: Callable[[Fields, Fields, str], Config]
-    build: Callable[[Any, Source], Decoder]
+    build: Callable[[Any, Source], Decoder | Encoder]
     kinds: tuple[str, ...]
     read_gguf: Callable[[Fields], Config] | None = None
     archs: tuple[str, ...] = ()
@@ -43,6 +43,9 @@ FAMILIES = (
     Family(gemma.GemmaConfig, gemma.read, gemma.Gemma, ("gemma2", "gemma3_text")),
     Family(bart.BartConfig, bart.read, bart.Bart, ("bart", "marian")),
     Family(t5.T5Config, t5.read, t5.T5, ("mt5", "t5")),
+    Family(whisper.WhisperConfig, whisper.read, whisper.Whisper, ("whisper",)),
+    Family(bert.BertConfig, bert.read, bert.Bert, ("bert",)),
+    Family(vit.ViTConfig, vit.read, vit.ViT, ("vit",)),
 )
 _BY_NAME = {family.config.family: family for family in FAMILIES}
 _BY_KIND = {kind: family for family in FAMILIES for kind in family.kinds}
@@ -93,6 +96,6 @@ def from_json(values: Mapping[str, object]) -> Config:
     return _BY_NAME[family].config.from_json(values)
 
 
-def build(config: Config, source: Source) -> Decoder:
+def build(config: Config, source: Source) -> Decoder | Encoder:
     """The network that a configuration describes."""
     return _BY_NAME[config.family].build(config, source)

@@ -25,7 +25,11 @@ from kvik.ops.grouped import GroupQuantized
 
 FORMAT = 2  # of a prepared folder
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the built-in model's file
-_NAMES = {SMOLLM2_SHA256: "SmolLM2-135M-Instruct"}  # the file calls itself "Smollm2 135M 8k Lc100K Mix1 Ep2"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # and of the built-in encoder's
+_NAMES = {
+    SMOLLM2_SHA256: "SmolLM2-135M-Instruct",  # the file calls itself "Smollm2 135M 8k Lc100K Mix1 Ep2"
+    MINILM_SHA256: "all-MiniLM-L6-v2",
+}
 _WEIGHTS = "model.safetensors"
 _PARTS = ("codes", "scale", "zero")
 
@@ -57,11 +61,11 @@ def load(folder: Path | str) -> Loaded:
         WeightsError: a file is missing, truncated or changed, or tensors do not fit the configuration.
     """
     folder = Path(folder)
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if "kvik" in values:
         return _load_prepared(folder, values)
     generation = folder / "generation_config.json"
-    config = from_hf(values, _read_json(generation) if generation.is_file() else None, folder.name)
+    config = from_hf(values, read_json(generation) if generation.is_file() else None, folder.name)
     tensors = check(read_safetensors(folder), config)
     return Loaded(config, tensors, folder, _folder_fingerprint(folder))
 
@@ -103,7 +107,8 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
+    """An object in a file of a model's folder. Raises ConfigError."""
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:

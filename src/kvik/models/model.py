@@ -19,7 +19,9 @@ from kvik.cache.step import Step
 from kvik.errors import ContextError, UsageError
 from kvik.models import families
 from kvik.models.config import Config
-from kvik.models.decoder import Reader
+from kvik.models.decoder import Decoder, Encoder, Reader
+from kvik.models.embedding import Pooling
+from kvik.models.encoding import EncoderConfig
 from kvik.models.parts import Source, arithmetic, multiplied, nbytes
 from kvik.models.reading import ReaderConfig
 from kvik.models.tokenizer import Tokenizer
@@ -31,12 +33,14 @@ Weights = Literal["auto", "f32", "bf16", "int8", "int4"]
 
 
 class Model:
-    """A decoder that runs chunks of many Sequences.
+    """A decoder that runs chunks of many Sequences, or an encoder, which sees a source whole and keeps nothing.
 
     Attributes:
         config: its sizes.
-        decoder: the network.
-        reader, reading: the same and its sizes where it also reads a source; else None.
+        network: what runs.
+        reader, reading: the same and its sizes where it also reads a source beside its text; else None.
+        encoder, encoding: the same and its sizes where it only encodes; else None.
+        pooling: how a text's embedding is made of its states; None = its files don't say. `load` finds it.
         tokenizer: None where the folder has none and none is needed.
         weights: how linear weights are held.
         arithmetic: what computes products and rows: another gives other last bits.
@@ -73,22 +77,39 @@ class Model:
         if weights == "auto" and self.device.type != "cpu" and self.weights in ("int8", "int4"):
             self.weights = "bf16"
         with torch.inference_mode():
-            self.decoder = families.build(config, Source(tensors, self.weights, self.device))
+            self.network = families.build(config, Source(tensors, self.weights, self.device))
         self.reading = config if isinstance(config, ReaderConfig) else None
-        self.reader = None if self.reading is None else cast(Reader, self.decoder)
+        self.reader = None if self.reading is None else cast(Reader, self.network)
+        self.encoding = config if isinstance(config, EncoderConfig) else None
+        self.encoder = None if self.encoding is None else cast(Encoder, self.network)
+        self.pooling: Pooling | None = None
         self.tokenizer = tokenizer
-        self.arithmetic = arithmetic(self.decoder, self.device)
+        self.arithmetic = arithmetic(self.network, self.device)
         held = f"{self.weights}, {self.arithmetic}"
-        owners = tuple(layer.reads for layer in self.decoder.layers)
+        owners = tuple(layer.reads for layer in self.network.layers)
         if any(owner is not None for owner in owners):
             held += f", rows of {owners}"
         self.held = digest(file=fingerprint.encode(), held=held.encode()).hex()
         self.centres: Centres | None = None
-        self.nbytes = nbytes(self.decoder)
-        self.read_bytes = nbytes((self.decoder.blocks, self.decoder.norm, self.decoder.head))
-        late = first_late(self.decoder.layers)
-        self.row_weights = multiplied(self.decoder.blocks[:late])
-        self.head_weights = multiplied(self.decoder.head) + multiplied(self.decoder.blocks[late:])
+        self.nbytes = nbytes(self.network)
+        head = None if self.encoder is not None else self.decoder.head
+        self.read_bytes = nbytes((self.network.blocks, self.network.norm, head))
+        late = first_late(self.network.layers) if self.encoder is None else len(self.network.blocks)
+        self.row_weights = multiplied(self.network.blocks[:late])
+        self.head_weights = multiplied(head) + multiplied(self.network.blocks[late:])
+
+    @property
+    def decoder(self) -> Decoder:
+        """The network, of a model that continues texts. Raises UsageError of one that only encodes."""
+        self._check_keeps()
+        return cast(Decoder, self.network)
+
+    def _check_keeps(self) -> None:
+        if self.encoder is not None:
+            raise UsageError(
+                f"{self.config.name} is an encoder and sees both sides: each new token changes every earlier state, "
+                "so nothing stays valid to keep; use Model.encode, or Model.embed for a text's embedding"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -98,20 +119,64 @@ class Model:
         return digest(held=self.held.encode(), centres=self.centres.fingerprint.encode()).hex()
 
     def spec(self, kv: str = "bf16") -> Spec:
-        """What a cache for this model keeps under a spec string; `tuned` is the one that `kvik tune` chose."""
+        """What a cache for this model keeps under a spec string; `tuned` is the one that `kvik tune` chose. An
+        encoder's has no groups: 0 bytes at any length."""
         if kv == "tuned":
             from kvik.models.tuned import recall
 
             kv = recall(self.fingerprint, self.config.name, self.weights)
-        spec = Spec.parse(kv, self.decoder.layers)
+        spec = Spec.parse(kv, self.network.layers)
         self.longest(spec)
         return spec
 
     def cache(self, kv: str = "bf16", *, memory: int | None = None, shares: bool = True) -> Cache:
-        """A cache for this model's rows; see `Cache`."""
+        """A cache for this model's rows; see `Cache`. Raises UsageError of an encoder, see `decoder`."""
+        self._check_keeps()
         return Cache(
             self.spec(kv), memory=memory, weights=self.held, shares=shares, device=self.device, centres=self.centres
         )
+
+    @torch.inference_mode()
+    def encode(self, source: Tensor | Sequence[int], every: bool = False) -> Tensor:
+        """States of a source that is seen whole: by an encoder, or by what a model reads beside its text with. Nothing
+        is kept: see `decoder`, and `fill`.
+
+        Args:
+            source: token ids; a picture for `Encoder.states`, or features for `Reader.encode`.
+            every: the states of every layer, those that enter the first one before them; of an encoder alone.
+
+        Returns:
+            f32 [rows, width], of the last layer, behind a norm where there is one; or [layers + 1, rows, width].
+
+        Raises:
+            UsageError: the model has no encoder, or this is no source of it.
+            ContextError: it is longer than the encoder's positions.
+        """
+        seeing, checks = self.encoder or self.reader, self.encoding or self.reading
+        if seeing is None or checks is None or (every and self.encoder is None):
+            raise UsageError(
+                f"{self.config.name} is no encoder; use Model.run, which keeps what it computed in a cache"
+            )
+        given = _tensor(source)
+        checks.check_source(given)
+        given = given.to(self.device)
+        return torch.stack(list(self.encoder.states(given))) if every and self.encoder else seeing.encode(given)
+
+    def embed(self, text: str) -> Tensor:
+        """What a text means, as its makers take it from an encoder's states: f32 [width]; see `Pooling`.
+
+        Raises:
+            UsageError: the model is no encoder of texts, or its files don't say how states become an embedding.
+            ContextError: the text has more tokens than the model embeds.
+        """
+        if self.pooling is None or self.tokenizer is None:
+            raise UsageError(
+                f"{self.config.name}: its files don't say how embeddings are made of its states (no modules.json "
+                "beside an encoder); use an embedding model such as minilm, or Model.encode"
+            )
+        ids = self.tokenizer.encode(text, add_special_tokens=True)
+        self.pooling.check_length(len(ids), self.config.name)
+        return self.pooling(self.encode(ids))
 
     @torch.inference_mode()
     def fill(self, cache: Cache, source: Tensor | Sequence[int], salt: str = "") -> bytes:
@@ -126,27 +191,18 @@ class Model:
             Its digest, for `Cache.open`.
 
         Raises:
-            UsageError: the model reads no source, it is empty, or ids are out of range.
+            UsageError: the model reads no source; or see `ReaderConfig.check_source`.
             ContextError: it is longer than the encoder's positions.
             BudgetError: the cache has no room for its rows; nothing changed.
         """
         if self.reader is None or self.reading is None:
             raise UsageError(f"{self.config.name} reads no source beside its text; open a sequence without one")
-        given = source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
-        if not len(given):
-            raise UsageError("the source is empty; give at least one token")
-        known, most = self.reading.source_vocab, self.reading.source_positions
-        if given.dtype == torch.int64 and not ((given >= 0) & (given < known)).all():
-            raise UsageError(f"token ids must be 0 to {known - 1}; got {int(given.min())} to {int(given.max())}")
-        if most is not None and len(given) > most:
-            raise ContextError(
-                f"a source of {len(given):,} tokens is longer than the {most:,} positions of {self.config.name}'s "
-                "encoder; shorten it or give it in parts"
-            )
+        given = _tensor(source)
+        self.reading.check_source(given)
         data = given.detach().cpu().contiguous()
         name = digest(kind=f"{data.dtype} {tuple(data.shape)}".encode(), data=data.numpy().tobytes())
         if not cache.knows(name, salt):
-            states = self.reader.encode(given.to(self.device))
+            states = self.encode(given)
             with cache.fill(name, len(states), salt) as filling:
                 for layer, rows in self.reader.given(states):
                     filling.append(layer, **rows)
@@ -173,6 +229,7 @@ class Model:
             ContextError: a sequence would pass the model's last position; nothing changed.
             BudgetError: the cache has no room; nothing changed.
         """
+        decoder = self.decoder
         if not chunks:
             raise UsageError("run needs at least one sequence and its new tokens")
         known = self.config.vocab_size
@@ -183,7 +240,7 @@ class Model:
         with chunks[0][0].cache.step(chunks) as step:
             ids = torch.tensor(step.tokens, device=self.device)
             rows = torch.arange(len(step.tokens)) if every else torch.tensor(step.last)
-            return self.decoder.forward(step if watch is None else watch(step), ids, rows.to(self.device))
+            return decoder.forward(step if watch is None else watch(step), ids, rows.to(self.device))
 
     def longest(self, spec: Spec | None = None) -> int:
         """The most tokens that a text can have under a spec; None = where all rows stay. See `Spec.longest`."""
@@ -231,7 +288,7 @@ def load(
     Raises:
         ModelError, StorageError, UsageError: see `kvik.errors`.
     """
-    from kvik.models import centres, prepare
+    from kvik.models import centres, embedding, prepare
 
     _check_weights(weights)
     if device == "cuda" and not torch.cuda.is_available():
@@ -241,13 +298,20 @@ def load(
     show = progress or prepare.quiet
     loaded = prepare.load(prepare.resolve(str(model), show))
     config = loaded.config if share is None else loaded.config.sharing(share)
-    tokenizer = Tokenizer(loaded.tokenizer_folder)
+    tokenizer = Tokenizer(loaded.tokenizer_folder) if loaded.config.vocab_size else None
     ready = Model(
         config, loaded.tensors,
         weights=weights, device=device, fingerprint=loaded.fingerprint, tokenizer=tokenizer,
     )  # fmt: skip
-    ready.centres = centres.obtain(ready, show)
+    if ready.encoder is None:
+        ready.centres = centres.obtain(ready, show)
+    else:
+        ready.pooling = embedding.read(loaded.tokenizer_folder)
     return ready
+
+
+def _tensor(source: Tensor | Sequence[int]) -> Tensor:
+    return source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
 
 
 def _check_weights(weights: str) -> None:

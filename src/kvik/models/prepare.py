@@ -29,12 +29,14 @@ __all__ = ["BUILT_IN", "Loaded", "Prepared", "Progress", "home", "home_path", "l
 
 Progress = Callable[[str, int, int], None]  # (what happens now, steps done, steps in all)
 
+DATES = "dates"  # the translator that `kvik train dates` made: it comes with the package
+DATES_FOLDER = Path(__file__).parent / "dates"
 _STEPS = 5
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
 _CHOICES = (
-    f"give {' or '.join(BUILT_IN)} (built in), a .gguf file, a folder with config.json and model.safetensors, or a "
-    "hub id such as org/name"
+    f"give {', '.join(BUILT_IN)} or {DATES} (built in), a .gguf file, a folder with config.json and model.safetensors, "
+    "or a hub id such as org/name"
 )
 
 
@@ -104,8 +106,8 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
     """The folder of a model, prepared or downloaded where it has to be.
 
     Args:
-        model: a built-in model's name (`wheels.BUILT_IN`), the path of a .gguf file, the path of a folder with
-            config.json and safetensors (used in place), or a hub id such as org/name.
+        model: a built-in model's name (`wheels.BUILT_IN`, or "dates"), the path of a .gguf file, the path of a folder
+            with config.json and safetensors (used in place), or a hub id such as org/name.
         progress: is told of each step; only called where there is something to do.
 
     Raises:
@@ -115,6 +117,8 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
     """
     if model in BUILT_IN:
         return _resolve_built_in(model, progress)
+    if model == DATES:
+        return DATES_FOLDER
     path = Path(model)
     with contextlib.suppress(RuntimeError):  # there is no user of that name
         path = path.expanduser()

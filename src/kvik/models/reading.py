@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvik.cache.shape import LayerShape
-from kvik.errors import ConfigError
+from kvik.errors import ConfigError, ContextError, UsageError
 from kvik.models.config import Config, end_ids, first_id
 from kvik.models.constraints import Constraints
 from kvik.models.fields import Fields
@@ -46,6 +47,27 @@ class ReaderConfig(Config):
                     f"{self.name}: {key} has token {beyond[0]}, but its vocabulary ends at {self.vocab_size - 1}; "
                     "use a file that kvik supports"
                 )
+
+    def check_source(self, source: Tensor) -> None:
+        """Token ids, int64 [n].
+
+        Raises:
+            UsageError: there are none, or some are out of range.
+            ContextError: they are more than the encoder has positions for.
+        """
+        if source.dtype != torch.int64 or source.dim() != 1:
+            raise UsageError(f"{self.name} reads token ids; give a list of them")
+        if not len(source):
+            raise UsageError("the source is empty; give at least one token")
+        if not ((source >= 0) & (source < self.source_vocab)).all():
+            raise UsageError(
+                f"token ids must be 0 to {self.source_vocab - 1}; got {int(source.min())} to {int(source.max())}"
+            )
+        if self.source_positions is not None and len(source) > self.source_positions:
+            raise ContextError(
+                f"a source of {len(source):,} tokens is longer than the {self.source_positions:,} positions of "
+                f"{self.name}'s encoder; shorten it or give it in parts"
+            )
 
 
 def common(fields: Fields, generation: Fields, last: int | None = None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ __all__ = ["Weight", "check", "read_gguf", "read_safetensors", "safetensors_file
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _NO_PARAMETER = re.compile(
     r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)|model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
+    r"|(bert\.)?embeddings\.position_ids"
 )
 _INDEX = "model.safetensors.index.json"
 _SHOWN = 3  # names in a message; the rest is a number
@@ -63,8 +64,8 @@ def safetensors_files(folder: Path) -> dict[str, list[str] | None]:
 def read_safetensors(folder: Path | str) -> dict[str, Tensor]:
     """The tensors of a transformers folder under canonical names, mapped from its files.
 
-    GPT-2's "transformer." prefix goes; known constants that are no parameters (attention masks, rope frequencies) are
-    left out.
+    GPT-2's "transformer." prefix goes; known constants that are no parameters (attention masks, rope frequencies,
+    numbers of positions) are left out.
 
     Raises:
         WeightsError: a file is missing, truncated or foreign, or a tensor is not stored as f32, f16 or bf16.

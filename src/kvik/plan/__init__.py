@@ -1,11 +1,12 @@
 """`kvik plan`: Spec × model × machine → what fits, before a byte is allocated. Needs no torch."""
 
+from kvik.models.shapes.families import from_config
+from kvik.models.shapes.shape import ModelShape
+from kvik.models.shapes.wellknown import known_models
 from kvik.plan.arithmetic import WEIGHTS, Fit, Plan, WeightFormat, make_plan
 from kvik.plan.asked import list_plans, run_plan
 from kvik.plan.find import lookup
-from kvik.plan.shapes import ModelShape, from_config
 from kvik.plan.view import render_list, render_plan, render_refusals
-from kvik.plan.wellknown import known_models
 
 __all__ = [
     "WEIGHTS",

@@ -20,8 +20,8 @@ from kvik.cache.policy import Policy, When
 from kvik.cache.retention import Retention
 from kvik.cache.spec import Bytes, Group, Spec, parse_rules
 from kvik.errors import UsageError
+from kvik.models.shapes.shape import ModelShape
 from kvik.plan.formula import Term, reasons, stays, term, textbook
-from kvik.plan.shapes import ModelShape
 
 MOST_TOKENS = 10**9
 MOST_SEQUENCES = 10**6

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kvik.errors import SpecError
+from kvik.models.shapes.wellknown import known_models
 from kvik.plan.arithmetic import Plan, make_plan
 from kvik.plan.find import lookup
 from kvik.plan.share import sharing
-from kvik.plan.wellknown import known_models
 from kvik.units import parse_bytes
 
 

@@ -5,25 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kvik.errors import ConfigError, StorageError
-from kvik.plan.shapes import ModelShape, from_config
-from kvik.plan.wellknown import ALIASES, CONFIGS
+from kvik.models.shapes.families import from_config
+from kvik.models.shapes.gguf import from_gguf
+from kvik.models.shapes.shape import ModelShape
+from kvik.models.shapes.wellknown import ALIASES, CONFIGS
 
 MOST_CONFIG_BYTES = 16 * 2**20
-# GGUF's architectures whose layers keep plain k and v, and whose header says all about their windows
-_PLAIN_GGUF = ("gpt2", "llama", "qwen2", "qwen3")
-_GGUF_KEYS = {
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "attention.key_length",
-    "hidden_size": "embedding_length",
-    "max_position_embeddings": "context_length",
-}
 
 
 def lookup(model: str) -> ModelShape:
@@ -63,7 +53,7 @@ def _from_path(path: Path) -> ModelShape:
     if path.is_dir():
         return _from_json(path / "config.json", path.resolve().name)
     if path.suffix == ".gguf":
-        return _from_gguf(path)
+        return from_gguf(path)
     return _from_json(path, path.stem if path.stem != "config" else path.resolve().parent.name)
 
 
@@ -90,34 +80,3 @@ def _download(model: str) -> Path:
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         hint = "give a config.json or a name of `kvik plan --list` instead"
         raise StorageError(f"config.json of {model} can't be had from the hub ({why}); {hint}") from None
-
-
-def _from_gguf(path: Path) -> ModelShape:
-    """From a GGUF file's header; its tensors give the exact parameters and bytes, and are not read."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        fields: dict[str, Any] = {
-            key: field.contents() for key, field in reader.fields.items() if "tokenizer" not in key
-        }
-        parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-        stored = sum(int(tensor.n_bytes) for tensor in reader.tensors)
-        keys = [tensor for tensor in reader.tensors if re.match(r"blk\.0\.attn_(k|v|k_norm)\.", tensor.name)]
-        kv_parameters = sum(int(tensor.n_elements) for tensor in keys) or None
-    except OSError as error:
-        raise StorageError(f"{path} can't be read: {error.strerror or error}") from None
-    except Exception as error:  # a damaged file makes the reader fail anywhere
-        raise ConfigError(
-            f"{path} is no whole GGUF file ({type(error).__name__}); get it again from its source"
-        ) from None
-    family = fields.get("general.architecture")
-    if family not in _PLAIN_GGUF:
-        raise ConfigError(f"{path}: GGUF of family {family!r} can't be sized; give the model's config.json instead")
-    config = {ours: fields.get(f"{family}.{theirs}") for ours, theirs in _GGUF_KEYS.items()}
-    shape = from_config({"model_type": "plain", **config}, path.stem)
-    window = fields.get(f"{family}.attention.sliding_window") or None
-    turned = None if family == "gpt2" else ()
-    layers = tuple(replace(layer, window=window, frequencies=turned) for layer in shape.layers)
-    known = replace(shape, family=family, layers=layers, notes=())
-    return replace(known, parameters=parameters, stored=stored, kv_parameters=kv_parameters)

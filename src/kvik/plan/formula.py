@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from kvik.cache.policy import Policy, When
 from kvik.cache.spec import Group, Spec
-from kvik.plan.shapes import ModelShape
+from kvik.models.shapes.shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kvik.cache.sharing import readers, shared
 from kvik.errors import UsageError
-from kvik.plan.shapes import ModelShape
+from kvik.models.shapes.shape import ModelShape
 
 
 def sharing(shape: ModelShape, rule: str) -> ModelShape:
@@ -17,8 +17,8 @@ def sharing(shape: ModelShape, rule: str) -> ModelShape:
     """
     if shape.kv_parameters is None:
         raise UsageError(
-            f"share {rule!r}: layers of {shape.family} models can't share rows in kvik; leave it out, or use a model "
-            "of Llama's kin"
+            f"share {rule!r}: layers of {shape.family} models can't share rows in kvik; leave it out, or use another "
+            "model, such as smollm2"
         )
     layers = shared(shape.layers, readers(shape.layers, rule))
     reading = sum(layer.reads is not None for layer in layers)

@@ -99,7 +99,7 @@ def _sizes(plan: Plan) -> Table:
     else:
         add(f"weights, {plan.weights.name}", plan.weight_bytes)
     if plan.spec is None:
-        add("cache", 0, "bold")
+        add("cache, at any length", 0, "bold")
         return table
     kv = plan.kv if len(plan.kv) < 12 else "as below"
     add(f"cache, {kv}: a token", plan.per_token.payload)

@@ -1,10 +1,10 @@
-"""Models that read a source beside their text: what they keep of both, and their parameters. See `shapes.py`."""
+"""Models that read a source beside their text: what they keep of both, and their parameters. See `families.py`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from kvik.plan.shape import Config, ModelShape, kv
+from kvik.models.shapes.shape import Config, ModelShape, kv
 
 
 def t5(c: Config) -> ModelShape:

@@ -11,14 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 from kvik.errors import ConfigError
-from kvik.plan import readers
-from kvik.plan.shape import Config as _Config
-from kvik.plan.shape import ModelShape, kv, latent
+from kvik.models.shapes import readers
+from kvik.models.shapes.shape import Config as _Config
+from kvik.models.shapes.shape import ModelShape, kv, latent
 
 __all__ = ["FAMILIES", "ModelShape", "from_config"]
 
 ENCODER_ONLY = (
-    "it reads the whole text at once; every token sees later ones, so nothing computed for a prefix stays valid"
+    "it reads the whole source at once; every row sees later ones, so nothing computed for a prefix stays valid"
 )
 
 
@@ -221,6 +221,16 @@ def _bert(c: _Config) -> ModelShape:
     return _decoder(c, embeddings + layers * layer + d * d + d, [], (f"no cache: {ENCODER_ONLY}",))
 
 
+def _vit(c: _Config) -> ModelShape:
+    c = _Config(c.raw, image_size=224, patch_size=16, num_channels=3, qkv_bias=True)
+    d, ff, layers, patch = c("hidden_size"), c("intermediate_size"), c("num_hidden_layers"), c("patch_size")
+    rows = (c("image_size") // patch) ** 2 + 1
+    embeddings = (rows + 1) * d + (c("num_channels") * patch**2 + 1) * d
+    layer = 4 * d * d + (4 if c.flag("qkv_bias") else 1) * d + 2 * d * ff + ff + d + 4 * d
+    c = _Config({**c.raw, "max_position_embeddings": rows})
+    return _decoder(c, embeddings + layers * layer + 2 * d + d * d + d, [], (f"no cache: {ENCODER_ONLY}",))
+
+
 def _unknown(c: _Config) -> ModelShape:
     family = c.raw["model_type"]
     if c.flag("is_encoder_decoder"):
@@ -255,6 +265,7 @@ FAMILIES: dict[str, Callable[[_Config], ModelShape]] = {
     "qwen3": _qwen,
     "roberta": _bert,
     "t5": readers.t5,
+    "vit": _vit,
     "whisper": readers.whisper,
     "xlm-roberta": _bert,
 }

@@ -1,6 +1,6 @@
 """Well-known models as data: the sizes from their published `config.json`, or from the paper where there is none.
 
-An entry is a config in the words of its family, so that one reader (`shapes.from_config`) serves the table and files
+An entry is a config in the words of its family, so that one reader (`families.from_config`) serves the table and files
 alike. Cache sizes and parameter counts are computed from it, never written down twice.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvik.plan.shapes import ModelShape, from_config
+from kvik.models.shapes.families import ModelShape, from_config
 
 Config = dict[str, Any]
 
@@ -144,18 +144,32 @@ CONFIGS: dict[str, Config] = {
     "whisper-large-v3": _whisper(32, 1280, 20, 51866, mels=128),
     # arXiv:1810.04805
     "bert-base": _decoder("bert", 12, 768, 3072, 12, 12, 30522, 512),
+    "minilm": _decoder("bert", 6, 384, 1536, 12, 12, 30522, 512, torch_dtype="float32"),
+    # arXiv:2010.11929
+    "vit-base": {
+        "model_type": "vit",
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "image_size": 224,
+        "patch_size": 16,
+        "num_channels": 3,
+    },
 }
 
 ALIASES = {
     "bert": "bert-base",
     "bert-base-uncased": "bert-base",
     "deepseek-r1": "deepseek-v3",
+    "all-minilm-l6-v2": "minilm",
     "gpt-2": "gpt2",
     "gpt-3": "gpt3-175b",
     "gpt3": "gpt3-175b",
     "mistral-7b": "mistral-7b-v0.3",
     "phi-3-mini": "phi-3-mini-4k",
     "smollm2-135m": "smollm2",
+    "vit-base-patch16-224": "vit-base",
 }
 
 

@@ -1,0 +1,1 @@
+"""Small models that kvik trains itself: `kvik train`."""
