@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from kvik.cache.spec import LayerShape as LayerShape
     from kvik.cache.spec import Spec as Spec
     from kvik.engine.generation import Generation as Generation
-    from kvik.engine.generation import Request as Request
     from kvik.engine.generation import generate as generate
+    from kvik.engine.request import Request as Request
     from kvik.engine.sampling import Sampling as Sampling
     from kvik.errors import KvikError as KvikError
     from kvik.models.model import Model as Model
@@ -37,7 +37,7 @@ _HOMES = {
     "KvikError": "kvik.errors",
     "LayerShape": "kvik.cache.spec",
     "Model": "kvik.models.model",
-    "Request": "kvik.engine.generation",
+    "Request": "kvik.engine.request",
     "Sampling": "kvik.engine.sampling",
     "Sequence": "kvik.cache.sequence",
     "Spec": "kvik.cache.spec",

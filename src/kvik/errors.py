@@ -10,7 +10,9 @@ KvikError
 │   └── TokenizerError   its tokenizer or chat template is missing, damaged or hostile
 ├── ContextError         more tokens than the model has positions for
 ├── StorageError         a file or folder can't be read or written
-└── UsageError           an option has a value that it can't have
+├── UsageError           an option has a value that it can't have
+├── QueueError           more requests wait than may
+└── EngineError          the engine was closed, or has broken down
 """
 
 from __future__ import annotations
@@ -68,3 +70,11 @@ class StorageError(KvikError):
 
 class UsageError(KvikError):
     """An option or argument has a value that it can't have."""
+
+
+class QueueError(KvikError):
+    """More requests wait than may: try again later."""
+
+
+class EngineError(KvikError):
+    """The engine was closed before an answer was complete, or has broken down."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,43 +13,16 @@ from kvik.cache.cache import Cache
 from kvik.cache.sequence import Sequence as KVSequence
 from kvik.cache.spec import Bytes
 from kvik.cache.step import Step
+from kvik.engine.request import FinishReason, Request
 from kvik.engine.reread import Pass, Repetition
-from kvik.engine.sampling import Sampling, choose
+from kvik.engine.sampling import Sampling, changed, choose
+from kvik.engine.text import Text
 from kvik.errors import UsageError
 from kvik.models.hearing import HearingConfig
 from kvik.models.model import Model
 from kvik.models.watch import Chunk
 
 CHUNK = 512  # prompt tokens that go through the model at once: bounds memory, changes no bit (law 1)
-FinishReason = Literal["stop", "length", "interrupted"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked.
-
-    Attributes:
-        prompt: token ids, at least one.
-        max_tokens: new tokens at the most; None = up to the model's last position, and where there is none
-            (`Spec.longest`) as many as it has positions.
-        stop: texts that end the answer; they are not part of it.
-        sampling: how tokens are chosen.
-        source: token ids of what the model reads beside its text; None where it reads none.
-    """
-
-    prompt: Sequence[int]
-    max_tokens: int | None = None
-    stop: tuple[str, ...] = ()
-    sampling: Sampling = field(default_factory=Sampling)
-    source: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.prompt:
-            raise UsageError("the prompt is empty; give at least one token of text")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UsageError(f"max-tokens {self.max_tokens}: use at least 1")
-        if not all(self.stop):
-            raise UsageError("an empty stop text would end every answer before it starts; leave it out")
 
 
 def room(sequence: KVSequence) -> int:
@@ -164,8 +136,7 @@ class Generation:
         self.cached_tokens = 0 if sequence is None else len(sequence)
         self.ttft_s = self.tokens_per_s = 0.0
         self.nbytes = Bytes(0, 0)
-        self._decoder = model.tokenizer.stream()
-        self._held_back = ""
+        self._text = Text(model.tokenizer, request.stop)
         self._started = self._stopping = False
         room = model.longest(spec) - len(request.prompt)
         self._limit = min(request.max_tokens or model.config.max_positions, room)
@@ -186,14 +157,18 @@ class Generation:
             logits = self._advance(list(self.request.prompt[self.cached_tokens :]))
             while not self._stopping:
                 text = [*self.request.prompt, *self.token_ids]
-                token = choose(self._allowed(logits, text), self.request.sampling, len(text))
+                allowed = self._allowed(logits, text)
+                token = choose(
+                    changed(allowed, self.request.sampling, self.request.prompt, self.token_ids),
+                    self.request.sampling, len(text),
+                )  # fmt: skip
                 self.token_ids.append(token)
                 if len(self.token_ids) == 1:
                     first = time.perf_counter()
                     self.ttft_s = first - started
                 piece = self._take(token)
                 if self.finish_reason is not None:
-                    piece += self._flush()
+                    piece += self._text.finish()
                 if piece:
                     self.text += piece
                     yield piece
@@ -244,23 +219,13 @@ class Generation:
             self.finish_reason = "length" if forced and len(self.token_ids) == self._limit else "stop"
             self.note = self._why_length() if self.finish_reason == "length" else ""
             return ""
-        self._held_back += self._decoder.step(token)
-        for stop in self.request.stop:
-            at = self._held_back.find(stop)
-            if at >= 0:
-                self._held_back, self.finish_reason = self._held_back[:at], "stop"
-        if self.finish_reason is None and len(self.token_ids) >= self._limit:
+        piece = self._text.take(token)
+        if self._text.stopped:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self._limit:
             self.finish_reason = "length"
             self.note = self._why_length()
-        safe = len(self._held_back) - _overlap(self._held_back, self.request.stop)
-        piece, self._held_back = self._held_back[:safe], self._held_back[safe:]
         return piece
-
-    def _flush(self) -> str:
-        stopped = self.finish_reason == "stop" and self.token_ids[-1] not in self.model.config.eos_ids
-        rest = self._held_back + ("" if stopped else self._decoder.finish())
-        self._held_back = ""
-        return rest
 
     def _why_length(self) -> str:
         if not self._full:
@@ -270,13 +235,6 @@ class Generation:
             f"stopped at the model's last position, {last:,}; shorten the prompt or use a model with more"
             f"{self.model.way_beyond}"
         )
-
-
-def _overlap(text: str, stops: Sequence[str]) -> int:
-    """How many last characters of the text may be the beginning of a stop text."""
-    return max(
-        (n for stop in stops for n in range(1, min(len(stop), len(text)) + 1) if text.endswith(stop[:n])), default=0
-    )
 
 
 def generate(

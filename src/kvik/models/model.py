@@ -214,6 +214,7 @@ class Model:
         chunks: Sequence[tuple[KVSequence, Sequence[int]]],
         every: bool = False,
         watch: Callable[[Step], Chunk] | None = None,
+        last: Sequence[int] | None = None,
     ) -> Tensor:
         """Appends a chunk of tokens to each sequence: prefill and decode alike.
 
@@ -221,6 +222,7 @@ class Model:
             chunks: sequences of one cache, and at least one new token id for each.
             every: logits of every new token instead of each chunk's last.
             watch: puts something between the decoder and the step, to look at what passes; see `Watch`.
+            last: logits of so many last tokens of each chunk, one or more of every.
 
         Returns:
             f32 [number of chunks, or of tokens; vocabulary].
@@ -240,6 +242,10 @@ class Model:
         with chunks[0][0].cache.step(chunks) as step:
             ids = torch.tensor(step.tokens, device=self.device)
             rows = torch.arange(len(step.tokens)) if every else torch.tensor(step.last)
+            if last is not None:
+                rows = torch.cat(
+                    [torch.arange(end - count, end) + 1 for end, count in zip(step.last, last, strict=True)]
+                )
             return decoder.forward(step if watch is None else watch(step), ids, rows.to(self.device))
 
     def longest(self, spec: Spec | None = None) -> int:
