@@ -1,5 +1,6 @@
 """What `benchmarks/precision.py`, `resident.py` and `whisper.py` compute from what they measure."""
 
+import json
 import math
 import mmap
 import sys
@@ -65,6 +66,16 @@ def test_word_errors_are_counted_by_the_fewest_changes():
     ):  # fmt: skip
         assert whisper.distance(said, heard.split()) == errors
     assert whisper.distance([], ["a", "b"]) == 2
+
+
+def test_the_figures_of_real_speech_are_those_that_were_measured():
+    docs = Path(__file__).parent.parent / "docs"
+    facts = json.loads((docs / "whisper.json").read_text())
+    outcomes = [whisper.Outcome(**each) for each in facts["outcomes"]]
+    assert whisper.table(outcomes, facts["words"]) in (docs / "whisper.md").read_text()
+    assert facts["same_as_transformers"] == facts["of"] == 5 and all(o.encoded == [5, 0] for o in outcomes)
+    one, five = ([o.held_bytes for o in outcomes if o.beams == count] for count in (1, 5))
+    assert one == five, "five beams hold one window"
 
 
 def test_clips_are_those_that_a_transcription_names(tmp_path):
