@@ -5,9 +5,10 @@
 The clips are five sentences of a LibriVox reading with their texts, from Debian's package pocketsphinx-testdata, which
 apt-get download fetches (1.8 MB; nothing is installed), or FOLDER, with WAV files and a file `transcription` of lines
 "<s> words </s> (name)". Weights f32. Every spec and number of beams reads each clip twice in one cache: the second pass
-finds the window's rows. Medians of the rounds' seconds; texts are the same in all rounds. Word error rate: substituted,
-left out and added words by words said, both texts in lower case and without punctuation. The tokens of f32, greedy, are
-compared with those of transformers' own `generate` over the same weights and features.
+finds the window's rows. Rounds take turns; medians of seconds, and of processor seconds, which other programs move
+less. Word error rate: substituted, left out and added words by words said, both texts in lower case and without
+punctuation. The tokens of f32, greedy, are compared with those of transformers' own `generate` over the same weights
+and features.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 
 import kvik
 from kvik.cache.cache import Cache
-from kvik.engine.transcription import Transcriber, source_bytes, text_bytes
+from kvik.engine.transcription import Transcriber, Window, source_bytes, text_bytes
 from kvik.models import prepare
 from kvik.models.mel import RATE, log_mel
 from kvik.models.model import Model
@@ -63,7 +64,8 @@ class Outcome:
         window_bytes: payload of one window's rows.
         held_bytes: bytes of pages with windows' rows that one text's search held at the most.
         text_bytes: payload of the longest text's own rows.
-        first_s, second_s: seconds of a pass over all clips.
+        first_s, second_s: seconds of a pass over all clips; median of the rounds.
+        first_processor_s, second_processor_s: processor seconds of the same, of all threads.
         encoded: encoder runs in each pass.
         real_time: first_s by seconds of sound.
     """
@@ -79,7 +81,9 @@ class Outcome:
     text_bytes: int
     first_s: float
     second_s: float
-    encoded: tuple[int, int]
+    first_processor_s: float
+    second_processor_s: float
+    encoded: tuple[int, ...]
     real_time: float
     texts: list[str]
 
@@ -126,57 +130,75 @@ def held(cache: Cache) -> int:
     return sum(size for size, _ in pages)
 
 
-def measure(model: Model, given: list[Clip], spec: str, count: int, rounds: int, reference: Outcome | None) -> Outcome:
-    """See `Outcome`."""
-    first, second, most, run = [], [], [0], model.run
+@dataclass(frozen=True)
+class Round:
+    """All clips twice in one cache: seconds and processor seconds of each pass, its encoder runs, and its texts."""
+
+    seconds: tuple[float, ...]
+    processor: tuple[float, ...]
+    encoded: tuple[int, ...]
+    windows: list[Window]
+    longest: int
+
+
+def once(model: Model, given: list[Clip], spec: str, count: int) -> Round:
+    """See `Round`."""
+    cache = model.cache(spec, memory=1 << 30)
+    passes = []
+    for _ in range(2):
+        transcriber, wall, processor = Transcriber(model, cache, count=count), time.perf_counter(), time.process_time()
+        windows = [window for clip in given for window in transcriber(clip.sound)]
+        passes.append((time.perf_counter() - wall, time.process_time() - processor, transcriber.encoded, windows))
+    assert passes[0][3] == passes[1][3], "kept rows give the same text"
+    seconds, processors, encoded, _ = zip(*passes, strict=True)
+    return Round(seconds, processors, encoded, windows, transcriber.longest)
+
+
+def most_held(model: Model, clip: Clip, spec: str, count: int) -> int:
+    """Bytes of pages with the window's rows that the search for one clip's text holds at the most."""
+    cache, run, found = model.cache(spec, memory=1 << 30), model.run, [0]
 
     def watched(chunks, **options):
         logits = run(chunks, **options)
-        most[0] = max(most[0], held(chunks[0][0].cache))
+        found[0] = max(found[0], held(cache))
         return logits
 
-    for number in range(rounds + 1):
-        cache = model.cache(spec, memory=1 << 30)
-        model.run = watched if number == 0 else run  # type: ignore[method-assign]
-        passes = []
-        for _ in range(2):
-            transcriber, began = Transcriber(model, cache, count=count), time.perf_counter()
-            windows = [window for clip in given for window in transcriber(clip.sound)]
-            passes.append((time.perf_counter() - began, transcriber, windows))
-        if number:  # the first is to be watched and warms up
-            first.append(passes[0][0])
-            second.append(passes[1][0])
-        assert passes[0][2] == passes[1][2], "kept rows give the same text"
-    transcribers = [each[1] for each in passes]
-    texts, ids = [window.text for window in windows], [window.token_ids for window in windows]
-    scores = [window.score for window in windows]
-    errors = sum(distance(clip.words, words(text)) for clip, text in zip(given, texts, strict=True))
-    known = (ids, scores) if reference is None else MEMORY[reference.beams]
-    MEMORY.setdefault(count, (ids, scores))
-    sound = sum(len(clip.sound) for clip in given) / RATE
+    model.run = watched  # type: ignore[method-assign]
+    try:
+        list(Transcriber(model, cache, count=count)(clip.sound))
+    finally:
+        model.run = run  # type: ignore[method-assign]
+    return found[0]
+
+
+def outcome(model: Model, given: list[Clip], spec: str, count: int, rounds: list[Round], full: list[Window]) -> Outcome:
+    """See `Outcome`; `full` is what f32 gives with as many beams."""
+    windows, kept = rounds[0].windows, model.spec(spec)
+    errors = sum(distance(clip.words, words(each.text)) for clip, each in zip(given, windows, strict=True))
+    first, second = (statistics.median(each.seconds[i] for each in rounds) for i in (0, 1))
+    first_cpu, second_cpu = (statistics.median(each.processor[i] for each in rounds) for i in (0, 1))
     return Outcome(
         spec=spec,
         beams=count,
         errors=errors,
         error_rate=errors / sum(len(clip.words) for clip in given),
-        same_texts=sum(a == b for a, b in zip(ids, known[0], strict=True)),
-        score_change=statistics.mean(abs(a - b) for a, b in zip(scores, known[1], strict=True)),
-        window_bytes=source_bytes(model, cache.spec).payload,
-        held_bytes=most[0],
-        text_bytes=text_bytes(cache.spec, transcribers[0].longest).payload,
-        first_s=statistics.median(first),
-        second_s=statistics.median(second),
-        encoded=(transcribers[0].encoded, transcribers[1].encoded),
-        real_time=statistics.median(first) / sound,
-        texts=texts,
+        same_texts=sum(a.token_ids == b.token_ids for a, b in zip(windows, full, strict=True)),
+        score_change=statistics.mean(abs(a.score - b.score) for a, b in zip(windows, full, strict=True)),
+        window_bytes=source_bytes(model, kept).payload,
+        held_bytes=most_held(model, given[0], spec, count),
+        text_bytes=text_bytes(kept, rounds[0].longest).payload,
+        first_s=first,
+        second_s=second,
+        first_processor_s=first_cpu,
+        second_processor_s=second_cpu,
+        encoded=rounds[0].encoded,
+        real_time=first / sum(len(clip.sound) for clip in given) * RATE,
+        texts=[each.text for each in windows],
     )
 
 
-MEMORY: dict[int, tuple[list[tuple[int, ...]], list[float]]] = {}  # tokens and scores of f32, by beams
-
-
 @torch.no_grad()
-def same_as_transformers(model: Model, given: list[Clip]) -> int:
+def same_as_transformers(model: Model, given: list[Clip], greedy: list[Window]) -> int:
     """Of how many clips transformers gives the same tokens, greedy, over the same weights."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
@@ -193,7 +215,7 @@ def same_as_transformers(model: Model, given: list[Clip]) -> int:
     theirs.load_state_dict(tensors, strict=False)
     theirs.tie_weights()
     prompt, rules, same = config.begin(None, timed=False), config.constraints, 0
-    for clip, ours in zip(given, MEMORY[1][0], strict=True):
+    for clip, ours in zip(given, greedy, strict=True):
         features = log_mel(clip.sound, config.mels, config.frames).t()[None]
         found = theirs.generate(
             features, decoder_input_ids=torch.tensor([prompt]), do_sample=False, eos_token_id=config.eos_ids[0],
@@ -201,21 +223,22 @@ def same_as_transformers(model: Model, given: list[Clip]) -> int:
             pad_token_id=config.eos_ids[0], max_new_tokens=200, return_timestamps=False,
         )[0].tolist()  # fmt: skip
         text = [token for token in found if token not in (*prompt, *config.eos_ids)]
-        same += text == [token for token in ours if token not in config.eos_ids]
+        same += text == [token for token in ours.token_ids if token not in config.eos_ids]
     return same
 
 
 def table(outcomes: list[Outcome], said: int) -> str:
     """As Markdown."""
     lines = [
-        f"| cache | beams | errors of {said} words | texts as f32's | score | a window | held by the search | a pass | "
-        "× real time | second pass | encoder runs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| cache | beams | errors of {said} words | texts as f32's | score | a window | held by a search | a pass | "
+        "the second | processor | the second | encoder runs |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| `{o.spec}` | {o.beams} | {o.errors} ({100 * o.error_rate:.1f} %) | {o.same_texts} of {len(o.texts)} | "
-        f"± {o.score_change:.4f} | {o.window_bytes:,} B | {o.held_bytes:,} B | {o.first_s:.2f} s | {o.real_time:.3f} | "
-        f"{o.second_s:.2f} s | {o.encoded[0]} + {o.encoded[1]} |"
+        f"± {o.score_change:.4f} | {o.window_bytes:,} B | {o.held_bytes:,} B | "
+        f"{o.first_s:.2f} s | {o.second_s:.2f} s | "
+        f"{o.first_processor_s:.2f} s | {o.second_processor_s:.2f} s | {o.encoded[0]} + {o.encoded[1]} |"
         for o in outcomes
     ]
     return "\n".join(lines)
@@ -232,13 +255,14 @@ def main() -> None:
         folder, source = fetch(Path(work)) if options.clips is None else (options.clips, {"folder": "of --clips"})
         given = clips(folder)
     model = kvik.load(NAME, weights="f32")
-    outcomes: list[Outcome] = []
-    for count in BEAMS:
-        reference = None
-        for spec in SPECS:
-            outcomes.append(measure(model, given, spec, count, options.rounds, reference))
-            reference = reference or outcomes[-1]
-    same = same_as_transformers(model, given)
+    settings = [(spec, count) for count in BEAMS for spec in SPECS]
+    rounds: dict[tuple[str, int], list[Round]] = {each: [] for each in settings}
+    for _ in range(options.rounds):  # in turn, so that a busy minute falls on all alike
+        for spec, count in settings:
+            rounds[spec, count].append(once(model, given, spec, count))
+    full = {count: rounds[SPECS[0], count][0].windows for count in BEAMS}
+    outcomes = [outcome(model, given, *each, rounds[each], full[each[1]]) for each in settings]
+    same = same_as_transformers(model, given, full[1])
     said, seconds = sum(len(clip.words) for clip in given), sum(len(clip.sound) for clip in given) / RATE
     print(f"{len(given)} clips, {seconds:.1f} s, {said} words · weights f32 · medians of {options.rounds} rounds\n")
     print(table(outcomes, said))

@@ -1,5 +1,6 @@
-"""What `benchmarks/precision.py` and `benchmarks/resident.py` compute from what they measure."""
+"""What `benchmarks/precision.py`, `resident.py` and `whisper.py` compute from what they measure."""
 
+import json
 import math
 import mmap
 import sys
@@ -11,8 +12,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import precision
 import resident
+import whisper
 
 from kvik.cache.arena import SLAB, Arena
+from test_sound import wav
 
 
 def test_a_divergence_is_from_the_full_rows_to_the_others():
@@ -52,3 +55,31 @@ def test_a_line_before_stands_only_where_rows_left():
         ["| int8", "settled"], ["| int8+x", "before"], ["| int8+x", "settled"],
     ]  # fmt: skip
     assert "+0.50 (+25.0%)" in lines[0]
+
+
+def test_word_errors_are_counted_by_the_fewest_changes():
+    said = whisper.words("He was not an ill-disposed young man, Mr. Dashwood!")
+    assert said == ["he", "was", "not", "an", "ill", "disposed", "young", "man", "mister", "dashwood"]
+    for heard, errors in (
+        ("he was not an ill disposed young man mister dashwood", 0), ("", 10), ("he was an ill disposed young man", 3),
+        ("he he was not an ill posed young man mister dashwood", 2), ("x y", 10),
+    ):  # fmt: skip
+        assert whisper.distance(said, heard.split()) == errors
+    assert whisper.distance([], ["a", "b"]) == 2
+
+
+def test_the_figures_of_real_speech_are_those_that_were_measured():
+    docs = Path(__file__).parent.parent / "docs"
+    facts = json.loads((docs / "whisper.json").read_text())
+    outcomes = [whisper.Outcome(**each) for each in facts["outcomes"]]
+    assert whisper.table(outcomes, facts["words"]) in (docs / "whisper.md").read_text()
+    assert facts["same_as_transformers"] == facts["of"] == 5 and all(o.encoded == [5, 0] for o in outcomes)
+    one, five = ([o.held_bytes for o in outcomes if o.beams == count] for count in (1, 5))
+    assert one == five, "five beams hold one window"
+
+
+def test_clips_are_those_that_a_transcription_names(tmp_path):
+    wav(tmp_path / "one-0870.wav", [0.0] * 800)
+    (tmp_path / "transcription").write_text("<s> good  morning </s> (one-0870)\n\nno clip\n")
+    (clip,) = whisper.clips(tmp_path)
+    assert (clip.name, clip.words, len(clip.sound)) == ("one-0870", ["good", "morning"], 800)

@@ -166,23 +166,23 @@ def test_things_are_counted_with_their_counters():
 
 def test_the_same_english_has_one_translation():
     known = {}
-    for item in islice(draw(3), 30_000):
+    for item in islice(draw(3), 12_000):
         assert known.setdefault(item.source, item.targets) == item.targets, item.source
-    assert len(known) > 20_000
+    assert len(known) > 9000
 
 
 def test_no_sentence_of_the_examination_is_taught():
-    examined = [item.source for item in islice(draw(0, testing=True), 1000)]
-    assert len(set(examined)) == 1000
+    examined = [item.source for item in islice(draw(0, testing=True), 250)]
+    assert len(set(examined)) == 250
     plain = {source.casefold().rstrip(".") for source in examined}
-    taught = [item.source for item in islice(draw(0), 60_000)]
+    taught = [item.source for item in islice(draw(0), 20_000)]
     assert not plain & {source.casefold().rstrip(".") for source in taught}
     assert all(held_out(source) and held_out(source.lower()) for source in examined)
     assert 0.5 < sum(held_out(f"{n} books") for n in range(20_000)) / 20_000 * HELD_OUT < 2
 
 
 def test_every_kind_comes_and_all_is_written_out():
-    kinds, seen = set(), list(islice(draw(1), 4000))
+    kinds, seen = set(), list(islice(draw(1), 2500))
     for item in seen:
         kinds.add(item.kind)
         for text in (item.source, *(item.targets[to] for to in LANGUAGES)):

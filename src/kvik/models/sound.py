@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import conv1d, pad
 
 from kvik.errors import StorageError, UsageError
 from kvik.models.mel import RATE
@@ -87,7 +88,7 @@ def resample(sound: Tensor, rate: int, into: int = RATE) -> Tensor:
     width = min(1.0, into / rate) * _ROLL  # of what passes, as a part of the input's half rate
     reach = math.ceil(_ZEROS / width)
     count = -(-len(sound) * down // up)
-    padded = torch.nn.functional.pad(sound.double(), (reach, reach + up + 1))
+    padded = pad(sound, (reach, reach + up + 1))[None, None]
     taps = torch.arange(-reach, reach + 1, dtype=torch.float64)
     out = torch.empty(count, dtype=torch.float32)
     for phase in range(min(down, count)):
@@ -95,6 +96,6 @@ def resample(sound: Tensor, rate: int, into: int = RATE) -> Tensor:
         away = taps - part / down
         inside = (1 - (away / (reach + 1)).square()).clamp(min=0).sqrt()
         weights = torch.sinc(away * width) * torch.special.i0(_BETA * inside)
-        rows = padded[first:].unfold(0, len(taps), up)[: len(out[phase::down])]
-        out[phase::down] = rows @ (weights / weights.sum())
+        found = conv1d(padded[..., first:], (weights / weights.sum()).float()[None, None], stride=up)
+        out[phase::down] = found[0, 0, : len(out[phase::down])]
     return out

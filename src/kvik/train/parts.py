@@ -23,13 +23,6 @@ class Phrase:
     ko: str
     fragment: bool = False
 
-    def then(self, other: Phrase) -> Phrase:
-        """Two sentences; fragments stay alone."""
-        if self.fragment or other.fragment:
-            return self
-        second = other.en[0].upper() + other.en[1:]
-        return Phrase(f"{self.en} {second}".replace(".m.. ", ".m. "), self.zh + other.zh, f"{self.ko} {other.ko}")
-
 
 def word(en: str, zh: str, ko: str) -> Phrase:
     """A piece of a sentence."""

@@ -57,10 +57,7 @@ def draw(seed: int, *, testing: bool = False) -> Iterator[Item]:
     kinds = [kind for kind, (often, _) in KINDS.items() for _ in range(often)]
     while True:
         kind = rng.choice(kinds)
-        phrase = KINDS[kind][1](rng)
-        if rng.random() < 0.08:
-            phrase = phrase.then(KINDS[rng.choice(kinds)][1](rng))
-        item = _written(rng, kind, phrase)
+        item = _written(rng, kind, KINDS[kind][1](rng))
         if held_out(item.source) != testing or (testing and item.source in seen):
             continue
         if testing:
