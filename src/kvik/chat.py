@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from kvik.cache.cache import Cache
-from kvik.engine.generation import Generation, Request
+from kvik.engine.generation import Generation
+from kvik.engine.request import Request
 from kvik.engine.sampling import Sampling
 from kvik.errors import KvikError, SequenceError
 from kvik.eval.caches import rows_held

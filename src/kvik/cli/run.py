@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -125,11 +126,11 @@ def _sampling(
     temperature: float, top_p: float, top_k: int, seed: int | None, max_tokens: int | None, stop: list[str] | None
 ) -> Sampling:
     """Checks everything about the answer before a model is loaded."""
-    from kvik.engine.generation import Request
+    from kvik.engine.request import Request
     from kvik.engine.sampling import Sampling
 
-    given = {} if seed is None else {"seed": seed}
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, **given)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k)
+    sampling = sampling if seed is None else replace(sampling, seed=seed)
     return Request([0], max_tokens, tuple(stop or ()), sampling).sampling
 
 

@@ -34,8 +34,6 @@ from kvik.errors import BudgetError, EngineError, KvikError, QueueError, UsageEr
 from kvik.models.model import Model
 from kvik.units import parse_bytes
 
-_PROMPT_PIECE = 64  # prompt tokens at once whose logits are all wanted: bounds memory
-
 
 @dataclass
 class Counts:
@@ -143,8 +141,8 @@ class Engine:
         """
         if running < 1 or step_tokens < running or waiting < 0 or guesses < 0:
             raise UsageError(
-                f"{running} answers of {step_tokens} tokens a step, {waiting} waiting, {guesses} guesses: give at least "
-                "one answer, a token for each, and no number below 0"
+                f"{running} answers of {step_tokens} tokens a step, {waiting} waiting, {guesses} guesses: give an answer "
+                "or more, a token for each, and no number below 0"
             )
         self.model = model
         self.cache = model.cache(kv, memory=parse_bytes(memory, "memory") if isinstance(memory, str) else memory)
@@ -229,7 +227,7 @@ class Engine:
         self.close()
 
     def asked(self, what: Callable[[], Any]) -> Any:
-        """Calls a function in the engine's thread between two steps, and returns what it gives: to look at the cache."""
+        """Calls a function in the engine's thread, between two steps, to look at the cache; returns what it gives."""
         mail: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._inbox.put(lambda: mail.put(what()))
         return mail.get()
@@ -291,9 +289,11 @@ class Engine:
             self.counts.cached_tokens += known.cached
 
     def _step(self) -> None:
-        feeds = [_halved(feed) for feed in self._scheduler.plan()]
+        feeds = self._scheduler.plan()
         if not feeds:
             return
+        comings = [feed for feed in feeds if not feed.task.answer or len(feed.tokens) - feed.guesses > 1]
+        prompts, mixed = sum(len(feed.tokens) for feed in comings), len(comings) < len(feeds)
         started = time.perf_counter()
         try:
             logits = self.model.run(
@@ -307,9 +307,8 @@ class Engine:
         for feed, rows in zip(feeds, parts, strict=True):
             if feed.task.sequence is not None:  # not preempted by one before it
                 self._advance(feed, rows)
-        prompts = sum(len(feed.tokens) for feed in feeds if not feed.task.answer or len(feed.tokens) > 1 + feed.guesses)
         self.counts.steps += 1
-        self._scheduler.pace.saw(time.perf_counter() - started, prompts, sum(not f.ends or f.wanted > 0 for f in feeds))
+        self._scheduler.pace.saw(time.perf_counter() - started, prompts, mixed)
 
     def _advance(self, feed: Feed, rows: Tensor) -> None:
         """What one answer makes of its logits, f32 [wanted, vocabulary]."""
@@ -421,8 +420,8 @@ class Engine:
             self._release(task)
 
     def _squeeze(self, error: BudgetError, job: Job | None = None) -> None:
-        """There was no room, though every block that nobody uses was dropped: somebody waits, the youngest or `job`. One
-        who is alone fits, as was checked; if not, it hears why."""
+        """There was no room, though every block that nobody uses was dropped: the youngest waits, or `job`. One who is
+        alone fits, as was checked; if not, it hears why."""
         running = self._scheduler.running
         if len(running) == 1 and (job is None or job is running[0]) and running[0].preempted > 3:
             self._fail(running[0], error)
@@ -472,13 +471,6 @@ class Engine:
             pages = n * len(group.lanes) * group.page_bytes  # copies of the last page
             held[group.page_bytes] = held.get(group.page_bytes, 0) + most + (n - 1) * max(more, 0) + pages
         return sum(-(-size // arena.slab_bytes) + 1 for size in held.values()) * arena.slab_bytes
-
-
-def _halved(feed: Feed) -> Feed:
-    """A chunk whose logits are all wanted, in a length whose logits fit."""
-    if feed.wanted <= 1 + feed.guesses or len(feed.tokens) <= _PROMPT_PIECE:
-        return feed
-    return Feed(feed.task, feed.tokens[:_PROMPT_PIECE], 0, _PROMPT_PIECE)
 
 
 def _request(ids: list[int], options: dict[str, Any]) -> Request:

@@ -105,9 +105,9 @@ def changed(logits: Tensor, sampling: Sampling, prompt: Sequence[int], answer: S
         ids, values = zip(*sampling.bias.items(), strict=True)
         logits[list(ids)] += torch.tensor(values, device=logits.device)
     if sampling.repetition_penalty != 1:
-        ids = list({*prompt, *answer})
-        had = logits[ids]
-        logits[ids] = torch.where(had > 0, had / sampling.repetition_penalty, had * sampling.repetition_penalty)
+        said = list({*prompt, *answer})
+        had = logits[said]
+        logits[said] = torch.where(had > 0, had / sampling.repetition_penalty, had * sampling.repetition_penalty)
     if answer and (sampling.presence_penalty or sampling.frequency_penalty):
         counts = Counter(answer)
         often = torch.tensor(list(counts.values()), dtype=torch.float32, device=logits.device)

@@ -4,7 +4,7 @@
        ▲                  │                     prompts: what is left of the step's tokens
        └────preempt───────┘                     the oldest first, but a quarter for the one that lacks the least
 
-A step with prompts takes at most RATIO times as long as one without: so nobody's answer stalls while a long prompt comes.
+A step with prompts takes at most RATIO times as long as one without: so no answer stalls while a long prompt comes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from kvik.engine.job import Job, Task
 RATIO = 3.0
 LEAST = 16  # prompt tokens in every step, however slow
 _WEIGHT = 0.2  # of the newest measurement
+_EVERY = 64  # tokens at once whose logits are all wanted: bounds memory
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,14 @@ class Feed:
         tokens: those that it lacks, then guesses.
         guesses: how many of them are guesses.
         wanted: logits of so many last tokens.
+        ends: nothing is lacking after it: the next token can be chosen.
     """
 
     task: Task
     tokens: list[int]
     guesses: int
     wanted: int
-
-    @property
-    def ends(self) -> bool:
-        """Whether nothing is lacking after it: the next token can be chosen."""
-        return len(self.tokens) - self.guesses == len(self.task.pending)
+    ends: bool
 
 
 class Pace:
@@ -50,12 +48,12 @@ class Pace:
         self._plain: float | None = None  # seconds of a step without prompts
         self._token: float | None = None  # seconds that a prompt's token adds
 
-    def saw(self, seconds: float, prompt_tokens: int, answers: int) -> None:
-        """A step is over."""
+    def saw(self, seconds: float, prompt_tokens: int, mixed: bool) -> None:
+        """A step is over; `mixed`: answers were in it too."""
         if prompt_tokens == 0:
             self._plain = _mean(self._plain, seconds)
-        elif answers == 0 or self._plain is not None:
-            extra = seconds - (self._plain or 0.0 if answers else 0.0)
+        elif not mixed or self._plain is not None:
+            extra = seconds - (self._plain if mixed and self._plain is not None else 0.0)
             self._token = _mean(self._token, max(extra, 0.0) / prompt_tokens)
 
     def prompt_tokens(self, most: int) -> int:
@@ -149,7 +147,7 @@ class Scheduler:
             spare = min(room(task.sequence) - 1, task.job.limit - len(task.answer) - 1, left)
             guessed = self.guess(task, spare) if spare > 0 else []
             left -= len(guessed)
-            feeds.append(Feed(task, [*task.pending, *guessed], len(guessed), 1 + len(guessed)))
+            feeds.append(Feed(task, [*task.pending, *guessed], len(guessed), 1 + len(guessed), True))
         if coming:
             feeds += self._prompts(coming, self.pace.prompt_tokens(max(left, LEAST)) if going else max(left, LEAST))
         return feeds
@@ -170,12 +168,12 @@ class Scheduler:
 
     def _chunk(self, task: Task, most: int) -> Feed | None:
         assert task.sequence is not None, "it runs"
-        tokens = task.pending[: max(min(most, room(task.sequence)), 0)]
+        every = task.job.request.prompt_logprobs is not None and task.number == 0 and not task.answer
+        pending, most = task.pending, min(most, room(task.sequence), _EVERY if every else most)
+        tokens = pending[: max(most, 0)]
         if not tokens:
             return None
-        prompt = len(task.job.request.prompt)
-        inside = len(task.sequence) < prompt and task.job.request.prompt_logprobs is not None and task.number == 0
-        return Feed(task, tokens, 0, len(tokens) if inside else 1)
+        return Feed(task, tokens, 0, len(tokens) if every else 1, len(tokens) == len(pending))
 
     def _known(self, job: Job) -> tuple[int, list[bytes]]:
         """How many of a prompt's first full pages can be found, and the keys of all."""

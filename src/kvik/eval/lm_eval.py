@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvik.errors import KvikError, UsageError
 
 if TYPE_CHECKING:
-    from kvik.engine.generation import Request
+    from kvik.engine.request import Request
     from kvik.eval.scoring import Scorer
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
@@ -168,7 +168,7 @@ def request_of(scorer: Scorer, context: str, settings: Mapping[str, Any]) -> Req
     """
     import torch
 
-    from kvik.engine.generation import Request
+    from kvik.engine.request import Request
     from kvik.engine.sampling import Sampling
 
     known = {"until", "do_sample", "temperature", "top_p", "top_k", *LIMITS}

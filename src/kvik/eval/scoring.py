@@ -20,7 +20,8 @@ import torch
 from kvik.cache.cache import Cache
 from kvik.cache.policy import When
 from kvik.cache.sequence import Sequence as KVSequence
-from kvik.engine.generation import Generation, Request, prefill
+from kvik.engine.generation import Generation, prefill
+from kvik.engine.request import Request
 from kvik.errors import UsageError
 from kvik.eval.caches import forced
 from kvik.eval.measures import log_probabilities
