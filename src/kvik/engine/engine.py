@@ -141,8 +141,8 @@ class Engine:
         """
         if running < 1 or step_tokens < running or waiting < 0 or guesses < 0:
             raise UsageError(
-                f"{running} answers of {step_tokens} tokens a step, {waiting} waiting, {guesses} guesses: give an answer "
-                "or more, a token for each, and no number below 0"
+                f"{running} answers of {step_tokens} tokens a step, {waiting} waiting, {guesses} guesses: give "
+                "an answer or more, a token for each, and no number below 0"
             )
         self.model = model
         self.cache = model.cache(kv, memory=parse_bytes(memory, "memory") if isinstance(memory, str) else memory)
