@@ -20,6 +20,7 @@ from kvik.cli import (
     heads,
     plan,
     run,
+    serve,
     trace,
     train,
     transcribe,
@@ -30,8 +31,8 @@ from kvik.cli.common import INTERRUPTED, app
 from kvik.errors import KvikError
 
 __all__ = [
-    "app", "bench", "compare", "doctor", "eval", "heads", "main", "plan", "run", "trace", "train", "transcribe",
-    "translate", "tune",
+    "app", "bench", "compare", "doctor", "eval", "heads", "main", "plan", "run", "serve", "trace", "train",
+    "transcribe", "translate", "tune",
 ]  # fmt: skip
 
 OURS = {"GOMP_SPINCOUNT": "3000"}  # set before torch loads: idle OpenMP threads soon stop burning a core

@@ -10,6 +10,7 @@ No request's tokens depend on what else is in a step (law 1), nor on what was gu
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import threading
@@ -30,7 +31,7 @@ from kvik.engine.request import FinishReason, Request
 from kvik.engine.reread import Repetition
 from kvik.engine.sampling import Sampling
 from kvik.engine.scheduler import Feed, Scheduler
-from kvik.errors import BudgetError, EngineError, KvikError, QueueError, UsageError
+from kvik.errors import BudgetError, ContextError, EngineError, KvikError, QueueError, UsageError
 from kvik.models.model import Model
 from kvik.units import parse_bytes
 
@@ -116,6 +117,7 @@ class Engine:
         model: of whose rows the cache is.
         cache: nobody else may touch it while the engine runs.
         counts: what was done so far.
+        longest: tokens of a prompt and its answer at the most.
     """
 
     def __init__(
@@ -128,6 +130,7 @@ class Engine:
         step_tokens: int = 512,
         waiting: int = 256,
         guesses: int = 0,
+        longest: int | None = None,
     ) -> None:
         """
         Args:
@@ -138,6 +141,7 @@ class Engine:
             waiting: requests that may wait; more are refused.
             guesses: tokens of each answer that are guessed from what its text has had, to be checked all in one step
                 (prompt lookup decoding); 0 = none. No token is another for it.
+            longest: tokens of a prompt and its answer at the most; None = as many as the model can.
         """
         if running < 1 or step_tokens < running or waiting < 0 or guesses < 0:
             raise UsageError(
@@ -147,6 +151,8 @@ class Engine:
         self.model = model
         self.cache = model.cache(kv, memory=parse_bytes(memory, "memory") if isinstance(memory, str) else memory)
         self.counts = Counts()
+        most = model.longest(self.cache.spec)
+        self.longest = most if longest is None else min(longest, most)
         self._most_waiting = waiting
         self._guesses = Guesses(guesses, self.cache.spec)
         self._scheduler = Scheduler(self.cache, running, step_tokens, self._guesses)
@@ -228,9 +234,38 @@ class Engine:
 
     def asked(self, what: Callable[[], Any]) -> Any:
         """Calls a function in the engine's thread, between two steps, to look at the cache; returns what it gives."""
-        mail: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._inbox.put(lambda: mail.put(what()))
-        return mail.get()
+        mail: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+        def look() -> None:
+            try:
+                mail.put((what(), None))
+            except Exception as error:  # the asker's, not the engine's
+                mail.put((None, error))
+
+        self._inbox.put(look)
+        while True:
+            with contextlib.suppress(queue.Empty):
+                found, error = mail.get(timeout=0.5)
+                if error is not None:
+                    raise error
+                return found
+            if not self._thread.is_alive() and mail.empty():
+                raise EngineError("the engine has broken down or was closed; nobody can look at its cache")
+
+    @property
+    def broken(self) -> bool:
+        """Whether it can take no more requests."""
+        return self._closed or self._broken is not None
+
+    @property
+    def running(self) -> int:
+        """Requests that run."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return max(len(self._jobs) - len(self._scheduler.running), 0)
 
     # The loop.
 
@@ -241,7 +276,8 @@ class Engine:
                     self._admit()
                     self._step()
         except BaseException as error:
-            self._broken = error
+            with self._lock:  # no request comes in behind the last look at `_jobs`
+                self._broken = error
             raise
         finally:
             why = EngineError("the engine was closed before the answer was complete")
@@ -305,8 +341,12 @@ class Engine:
             return
         parts = torch.split(logits, [feed.wanted for feed in feeds])
         for feed, rows in zip(feeds, parts, strict=True):
-            if feed.task.sequence is not None:  # not preempted by one before it
+            if feed.task.sequence is None:  # preempted by one before it
+                continue
+            try:
                 self._advance(feed, rows)
+            except EngineError as error:  # its grammar can't be followed
+                self._fail(feed.task.job, error)
         self.counts.steps += 1
         self._scheduler.pace.saw(time.perf_counter() - started, prompts, mixed)
 
@@ -440,7 +480,11 @@ class Engine:
         if not all(0 <= token < known for token in request.prompt):
             raise UsageError(f"token ids must be 0 to {known - 1}; got {min(request.prompt)} to {max(request.prompt)}")
         model.check_context(prompt + 1, spec)
-        room = model.longest(spec) - prompt
+        if prompt >= self.longest:
+            raise ContextError(
+                f"{prompt:,} tokens leave no room for an answer: a text has {self.longest:,} at the most"
+            )
+        room = self.longest - prompt
         limit = min(request.max_tokens or model.config.max_positions, room)
         if (needed := self._alone(prompt, limit, request.n)) > self.cache.budget:
             if request.max_tokens is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvik.cache.sequence import Sequence as KVSequence
+from kvik.engine.grammar import Grammar
 from kvik.engine.request import FinishReason, Request
 from kvik.engine.sampling import Sampling, changed, choose
 from kvik.engine.text import Text
@@ -99,6 +100,7 @@ class Task:
     Attributes:
         number: which of the job's.
         answer: its tokens so far.
+        grammar: what it must follow.
         sequence: holds a beginning of prompt and answer; None while it waits.
     """
 
@@ -106,6 +108,7 @@ class Task:
     number: int
     sampling: Sampling
     text: Text | None
+    grammar: Grammar | None = None
     answer: list[int] = field(default_factory=list)
     sequence: KVSequence | None = None
     finish: FinishReason | None = None
@@ -136,6 +139,8 @@ class Task:
             logits = model.reading.constraints.apply(
                 logits[None], [self.tokens], began=began, limit=began + self.job.limit, ends=list(ends)
             )[0]
+        if self.grammar is not None:
+            logits = self.grammar.mask(logits, ends)
         return choose(logits, self.sampling, len(request.prompt) + len(self.answer))
 
     def add(self, token: int) -> str:
@@ -144,8 +149,10 @@ class Task:
         if token in self.job.ends:
             self.finish = "stop"
             return "" if self.text is None else self.text.finish()
+        if self.grammar is not None:
+            self.grammar.take(token)
         piece = "" if self.text is None else self.text.take(token)
-        if self.text is not None and self.text.stopped:
+        if (self.text is not None and self.text.stopped) or (self.grammar is not None and self.grammar.done):
             self.finish = "stop"
         elif len(self.answer) >= self.job.limit:
             self.finish = "length"
@@ -188,7 +195,8 @@ class Job:
         for answer in range(request.n):
             sampling = replace(request.sampling, seed=(request.sampling.seed + answer) % 2**64)
             text = None if model.tokenizer is None else Text(model.tokenizer, request.stop)
-            job.tasks.append(Task(job, answer, sampling, text))
+            grammar = None if request.grammar is None else request.grammar()
+            job.tasks.append(Task(job, answer, sampling, text, grammar))
         return job
 
     @property

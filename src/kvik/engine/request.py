@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvik.engine.grammar import Grammar
 from kvik.engine.sampling import Sampling
 from kvik.errors import UsageError
 
@@ -31,6 +32,7 @@ class Request:
         prompt_logprobs: the same of the prompt's tokens, which are all computed then.
         priority: lower ones go first.
         salt: only requests with the same salt share rows.
+        grammar: makes what each answer must follow, from its first token on; see `engine/grammar.py`.
     """
 
     prompt: Sequence[int]
@@ -46,6 +48,7 @@ class Request:
     prompt_logprobs: int | None = None
     priority: int = 0
     salt: str = ""
+    grammar: Callable[[], Grammar] | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -58,6 +61,8 @@ class Request:
             raise UsageError(f"n {self.n}: ask for at least one answer")
         if not 0 <= self.min_tokens <= (self.max_tokens or self.min_tokens):
             raise UsageError(f"min-tokens {self.min_tokens}: use 0 up to max-tokens")
+        if self.grammar is not None and self.min_tokens:
+            raise UsageError("min-tokens and a grammar may contradict each other; leave one of the two out")
         for name, value in (("logprobs", self.logprobs), ("prompt-logprobs", self.prompt_logprobs)):
             if value is not None and value < 0:
                 raise UsageError(f"{name} {value}: use 0 or more")

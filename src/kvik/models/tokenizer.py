@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvik.errors import TokenizerError
 from kvik.models import sentencepieces
+from kvik.models.spelling import Spelling
 from kvik.models.template import ChatTemplate
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Tokenizer:
         self.eos_token = _token_text(self.folder, settings, "eos_token")
         self._template_source = _template_source(self.folder, settings)
         self._template: ChatTemplate | None = None
+        self._spelling: Spelling | None = None
 
     @property
     def chat_template(self) -> str | None:
@@ -72,16 +74,31 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)
         return found
 
+    def spelled(self, token: int) -> bytes:
+        """The bytes that one id stands for, a space before it included; b"" for an id beyond the vocabulary."""
+        if self._spelling is None:
+            self._spelling = Spelling(self._backend)
+        return self._spelling.of(token)
+
     def stream(self, *, skip_special: bool = True) -> TextStream:
         """Text from token ids that come one by one."""
         return TextStream(self._backend, skip_special)
 
-    def chat(self, messages: Sequence[Mapping[str, object]], add_generation_prompt: bool = True) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> str:
         """A conversation as the text that the model was trained on.
 
         Args:
             messages: each with "role" and "content", and whatever else the template reads; JSON values only.
             add_generation_prompt: end with the start of the assistant's answer.
+            tools: functions that the model may call, each as the template reads it; JSON values only.
+            options: other variables that the template reads; JSON values only. They replace none of the above.
 
         Raises:
             TokenizerError: there is no template, it refuses the messages, or it is broken or hostile.
@@ -90,8 +107,9 @@ class Tokenizer:
             raise TokenizerError(f"{self.folder}: the model has no chat template; use --raw to send text as it is")
         if self._template is None:
             self._template = ChatTemplate(self._template_source)
-        variables: dict[str, object] = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        variables |= {"tools": None, "documents": None}
+        variables: dict[str, object] = {"documents": None, **(options or {})}
+        variables |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        variables["tools"] = None if tools is None else list(tools)
         for name, token in (("bos_token", self.bos_token), ("eos_token", self.eos_token)):
             if token is not None:
                 variables[name] = token

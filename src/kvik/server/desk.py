@@ -1,0 +1,206 @@
+"""Where the server's event loop and the engine's thread meet: requests go in, updates come back, and nothing else.
+
+The engine's thread never waits for a client: it puts updates into a queue, of which there are as many as the request
+may have tokens. A client that goes away, or takes too long, ends its request; one that reads slowly slows itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from kvik.engine.engine import Engine
+from kvik.engine.job import Update
+from kvik.engine.request import Request
+from kvik.errors import KvikError
+from kvik.server.metrics import Metrics
+from kvik.server.problems import ProblemError
+from kvik.server.records import Record, Records
+from kvik.server.settings import Settings
+
+log = logging.getLogger("kvik.server")
+
+
+@dataclass
+class Asked:
+    """One HTTP request's: a request to the engine for each of its prompts.
+
+    Attributes:
+        deadline: on the event loop's clock.
+        first: the update that came first, if it was waited for.
+    """
+
+    desk: Desk
+    record: Record
+    requests: Sequence[Request]
+    deadline: float
+    jobs: list[int] = field(default_factory=list)
+    mail: asyncio.Queue[tuple[int, Update]] = field(default_factory=asyncio.Queue)
+    closed: bool = False
+    _left: int = 0
+    _ahead: list[tuple[int, Update]] = field(default_factory=list)
+
+    async def begin(self, seconds: float) -> bool:
+        """Waits for the first update, so long at the most: whether it came. Raises ProblemError."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                self._ahead.append(await self._next())
+        return bool(self._ahead)
+
+    async def updates(self) -> AsyncIterator[tuple[int, Update]]:
+        """(which prompt, what came), until all answers have ended. Raises ProblemError."""
+        while self._left or self._ahead:
+            yield self._ahead.pop(0) if self._ahead else await self._next()
+
+    async def _next(self) -> tuple[int, Update]:
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                number, update = await self.mail.get()
+        except TimeoutError:
+            seconds = self.desk.settings.limits.seconds
+            self.close("timeout")
+            raise ProblemError(
+                408, f"the answer took longer than {seconds:g} s; ask for fewer tokens", code="timeout"
+            ) from None
+        if update.error is not None:
+            self.close("error")
+            raise ProblemError.of(update.error)
+        if update.finish == "interrupted":
+            self.close("aborted")
+            raise ProblemError(503, "the server was shut down before the answer was complete", code="shutdown", wait=5)
+        self._left -= update.last
+        self._note(number, update)
+        return number, update
+
+    def _note(self, number: int, update: Update) -> None:
+        record, now = self.record, time.monotonic()
+        prompt = record.prompts[number]
+        if update.known is not None and prompt.known is None:
+            prompt.known, prompt.evicted = update.known, self.desk.engine.counts.evicted_pages
+        seconds = now - record.arrived
+        self.desk.metrics.tokens(record, len(update.token_ids), seconds)
+        record.new_tokens += len(update.token_ids)
+        record.first_s = seconds if record.first_s is None else record.first_s
+        record.last_s, record.status = seconds, "running" if self._left else "done"
+        if update.finish is not None:
+            self.desk.metrics.finished(update.finish)
+        if not self._left:
+            self.desk.metrics.ended(record)
+
+    def close(self, status: str = "aborted") -> None:
+        """Ends what still runs; harmless where nothing does. The one place where a request leaves."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._left:
+            self.record.status = status
+            self.desk.metrics.finished(status)
+        for job in self.jobs:
+            self.desk.engine.abort(job)
+        self.desk.leave(self)
+
+
+class Desk:
+    """Takes requests in.
+
+    Attributes:
+        draining: no new ones are taken.
+    """
+
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+        self.engine, self.settings, self.metrics = engine, settings, metrics
+        self.records = Records(engine.cache.spec.page_size)
+        self.draining = False
+        self._at_once: Counter[str] = Counter()
+        self._open: list[Asked] = []
+        self._coming = 0  # requests that are being read and prepared
+
+    @property
+    def busy(self) -> int:
+        """HTTP requests in the making, or being answered."""
+        return len(self._open) + self._coming
+
+    @contextlib.contextmanager
+    def coming(self, tenant: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
+        """A place for a request, before anything is made of it. Raises ProblemError where there is none."""
+        self.check()
+        limits = self.settings.limits
+        if self._at_once[tenant] >= limits.requests_per_key:
+            self.metrics.refused("requests_per_key")
+            raise ProblemError(
+                429, f"{limits.requests_per_key} requests of this key run at once already; try again later",
+                code="rate_limit_exceeded", wait=1,
+            )  # fmt: skip
+        if self.busy >= limits.requests:
+            self.metrics.refused("requests")
+            raise ProblemError(
+                429, f"{limits.requests} requests run at once already; try again", code="queue_full", wait=1
+            )
+        self._at_once[tenant] += 1
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
+            self._gone(tenant)
+
+    def check(self) -> None:
+        """Raises ProblemError where no requests are taken."""
+        if self.draining:
+            raise ProblemError(503, "the server is shutting down and takes no more requests", code="draining", wait=5)
+        if self.engine.broken:
+            raise ProblemError(
+                503, "the engine has broken down; the server must be restarted", code="engine_broken", wait=30
+            )
+
+    def ask(self, id: str, tenant: str, requests: Sequence[Request]) -> Asked:
+        """Hands requests to the engine: all, or none. Call inside `coming`. Raises ProblemError."""
+        self.check()
+        loop = asyncio.get_running_loop()
+        record = self.records.add(id, tenant, [(request.prompt, request.salt) for request in requests])
+        asked = Asked(self, record, requests, loop.time() + self.settings.limits.seconds)
+        asked._left = sum(request.n for request in requests)
+        self._open.append(asked)
+        self._at_once[tenant] += 1
+        for number, request in enumerate(requests):
+
+            def tell(update: Update, number: int = number) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is there to hear it
+                    loop.call_soon_threadsafe(asked.mail.put_nowait, (number, update))
+
+            try:
+                asked.jobs.append(self.engine.submit(request, tell).job)
+            except KvikError as error:
+                problem = ProblemError.of(error)
+                asked.close(problem.code or "refused")
+                if problem.status == 429:
+                    self.metrics.refused("queue")
+                raise problem from None
+        return asked
+
+    def leave(self, asked: Asked) -> None:
+        """A request is over."""
+        self._open.remove(asked)
+        self._gone(asked.record.tenant)
+
+    def abort_all(self) -> None:
+        """Ends all that run: their clients hear that the server was shut down."""
+        for asked in self._open:
+            for job in asked.jobs:
+                self.engine.abort(job)
+
+    def _gone(self, tenant: str) -> None:
+        self._at_once[tenant] -= 1
+        if not self._at_once[tenant]:
+            del self._at_once[tenant]
+
+
+def new_id(prefix: str) -> str:
+    """Of an answer; nobody can guess it."""
+    return f"{prefix}-{secrets.token_hex(16)}"

@@ -1,0 +1,43 @@
+"""What a cache holds between two steps, in numbers that add up."""
+
+from __future__ import annotations
+
+from kvik.engine.engine import Engine
+
+
+def snapshot(engine: Engine, *, each: bool) -> dict[str, object]:
+    """Call in the engine's thread.
+
+    Pages: free + in_use + kept = all. Bytes: payload + overhead = allocated, and allocated + unused = budget.
+
+    Args:
+        each: list the open sequences one by one; else only how many there are, since they may be somebody else's.
+    """
+    cache = engine.cache
+    books, held = cache.books, cache.nbytes
+    sequences = [
+        {
+            "tokens": len(sequence),
+            "cached": sequence.cached,
+            "payload_bytes": sequence.nbytes.payload,
+            "overhead_bytes": sequence.nbytes.overhead,
+        }
+        for sequence in cache.sequences
+    ]
+    return {
+        "spec": str(cache.spec),
+        "page_size": cache.spec.page_size,
+        "budget_bytes": cache.budget,
+        "allocated_bytes": held.allocated,
+        "payload_bytes": held.payload,
+        "overhead_bytes": held.overhead,
+        "unused_bytes": cache.budget - held.allocated,
+        "pages": {"all": books.all, "free": books.free, "in_use": books.in_use, "kept": books.kept},
+        "blocks": len(cache.index),
+        "evicted_pages": engine.counts.evicted_pages,
+        "running": engine.running,
+        "waiting": engine.waiting,
+        "sequences": len(sequences),
+        "sequence_tokens": sum(len(sequence) for sequence in cache.sequences),
+        "each": sequences if each else None,
+    }
