@@ -6,7 +6,7 @@ import json
 
 from kvik.errors import BudgetError, ContextError, EngineError, KvikError, QueueError
 
-_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_KINDS = {429: "rate_limit_error"}
 
 
 class ProblemError(Exception):
