@@ -5,6 +5,7 @@ What the engine and the cache know is read when somebody asks; what takes time i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from kvik.engine.engine import Engine
     from kvik.server.records import Record
 
+_CREATED = re.compile(rb"(# \w+ )?[\w:]+_created[ {]")
 _SECONDS = tuple(digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5))
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _HISTOGRAMS = {  # ours: (vLLM's, what it is, buckets)
@@ -58,7 +60,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """In Prometheus' format. Waits for the engine to be between two steps."""
-        return generate_latest(self._registry)
+        lines = generate_latest(self._registry).splitlines(keepends=True)
+        return b"".join(line for line in lines if not _CREATED.match(line))  # when each began: nobody reads it
 
     def tokens(self, record: Record, new: int, seconds: float) -> None:
         """A request has so many new tokens, so many seconds after it arrived. Call before it is noted."""
