@@ -40,7 +40,7 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends. A client that stops reading stops only itself, until its time is over."""
-        left = self._asked.deadline + 5 - asyncio.get_running_loop().time()
+        left = self._asked.deadline + 1 - asyncio.get_running_loop().time()  # a second to say so
         tasks = [asyncio.create_task(self.stream_response(send)), asyncio.create_task(left_by(receive))]
         try:
             await asyncio.wait(tasks, timeout=max(left, 0), return_when=asyncio.FIRST_COMPLETED)
