@@ -47,6 +47,15 @@ def slowly(monkeypatch):
     monkeypatch.setattr(Model, "run", slow)
 
 
+def read_all(sock):
+    """What comes until the connection ends, or the answer does."""
+    data = b""
+    with sock:
+        while not data.endswith(b"0\r\n\r\n") and (part := sock.recv(1 << 16)):
+            data += part
+    return data.decode()
+
+
 @pytest.mark.usefixtures("slowly")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request_at_once(model, stream):
@@ -74,20 +83,29 @@ def test_a_client_that_leaves_while_it_waits_ends_its_request(model):
         first.close()
 
 
+STUCK = {**LONG, "max_tokens": 400, "n": 3, "logprobs": True, "top_logprobs": 5}  # more than all buffers hold
+
+
 def test_a_client_that_stops_reading_stops_nobody_else(model):
-    limits = Limits(seconds=1.5)
-    with serving(model, send_buffer=4096, limits=limits) as server:
-        sock = server.raw({**LONG, "n": 3, "logprobs": True, "top_logprobs": 5}, buffer=4096)
+    with serving(model, send_buffer=4096) as server, server.raw(STUCK, buffer=4096) as sock:
         until(lambda: server.engine.running == 1)
         for _ in range(3):
             assert server.send(CHAT, SHORT)[2]["usage"]["completion_tokens"] == 3
         until(lambda: not server.engine.running)
-        assert server.engine.counts.new_tokens == 3 * 900 + 9, "it was computed, and nobody waited for its reader"
+        assert server.engine.counts.new_tokens == 3 * 400 + 9, "it was computed, and nobody waited for its reader"
         assert server.desk.busy == 1, "what is not read is still kept"
-        until(lambda: not server.desk.busy, 10)  # its time is over
-        with sock:
-            while sock.recv(1 << 16):
-                pass  # the connection ends
+        text = read_all(sock)  # it goes on reading
+        assert text.count('"finish_reason":"length"') == 3 and "[DONE]" in text
+        until(lambda: not server.desk.busy)
+
+
+def test_a_client_that_stops_reading_is_left_when_its_time_is_over(model, caplog):
+    with serving(model, send_buffer=4096, limits=Limits(seconds=0.5)) as server:
+        with server.raw(STUCK, buffer=4096) as sock:
+            until(lambda: server.desk.busy == 1)
+            until(lambda: not server.desk.busy)
+            assert "[DONE]" not in read_all(sock), "the connection ends"
+        assert server.send("/health")[0] == 200
 
 
 def test_a_request_that_takes_too_long_is_told_so(model, slowly):
@@ -333,14 +351,6 @@ def test_an_engine_that_breaks_down_is_an_error_and_not_silence(model, monkeypat
         assert server.send(CHAT, SHORT)[0] == 503
         with pytest.raises(EngineError):
             server.engine.asked(lambda: 1)
-
-
-def read_all(sock):
-    data = b""
-    with sock:
-        while part := sock.recv(1 << 16):
-            data += part
-    return data.decode()
 
 
 @pytest.mark.usefixtures("slowly")
