@@ -42,8 +42,12 @@ class Grammar(Protocol):
 class Matched:
     """A grammar that llguidance follows. Raises EngineError where it becomes too complex to follow."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, own: Iterable[int]) -> None:
+        """
+        Args:
+            own: the model's end tokens, which llguidance would take without being asked.
+        """
+        self._matcher, self._own = matcher, list(own)
 
     @property
     def done(self) -> bool:
@@ -55,7 +59,9 @@ class Matched:
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         allowed = np.unpackbits(bits, count=len(logits), bitorder="little").astype(bool)
-        allowed[list(ends)] = self._matcher.is_accepting()
+        allowed[self._own] = False
+        if self._matcher.is_accepting():
+            allowed[list(ends)] = True
         return logits.masked_fill(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
 
     def take(self, token: int) -> None:
@@ -84,7 +90,7 @@ class Grammars:
         """JSON of this schema; {"type": "object"} = any object."""
         try:
             source = _matcher().grammar_from_json_schema(json.dumps(schema))
-        except (ValueError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"the JSON schema can't be read ({_brief(error)}); give a valid one") from None
         return self._made(source, "JSON schema")
 
@@ -104,7 +110,7 @@ class Grammars:
         if error:
             raise UsageError(f"the {what} can't be used ({_brief(messages[0])}); give a valid one")
         first = LLMatcher(tokens, source, log_level=0)
-        return lambda: Matched(first.deep_copy())
+        return lambda: Matched(first.deep_copy(), self._model.config.eos_ids)
 
     def _tokenizer(self) -> LLTokenizer:
         from llguidance import LLTokenizer

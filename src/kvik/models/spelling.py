@@ -17,7 +17,7 @@ class Spelling:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        decoder = json.dumps(json.loads(backend.to_str()).get("decoder"))
+        decoder = json.dumps(json.loads(backend.to_str()).get("decoder"), ensure_ascii=False)
         self._letters = _letters() if "ByteLevel" in decoder else None
         self._metaspace = "▁" in decoder or "Metaspace" in decoder
         self._added = {id: str(token.content) for id, token in backend.get_added_tokens_decoder().items()}
