@@ -153,4 +153,4 @@ def _show(model: Model, runs: list[dict[str, Any]], rows: int, sources: int, kv:
         )
     if name == "dates":
         lines.append("the model knows dates, times, prices, counts and numbers; 'kvik train dates' made it")
-    stderr().print("\n" + "\n".join(lines), style="dim", highlight=False, markup=False)
+    stderr().print("\n" + "\n".join(lines), style="dim", highlight=False, markup=False, soft_wrap=True)
