@@ -97,7 +97,8 @@ class Cache:
     def open(self, tokens: Seq[int] = (), salt: str = "", source: bytes | None = None) -> Sequence:
         """A new Sequence that starts with whatever is known of `tokens`; append the rest, from `len(sequence)` on.
 
-        At most `len(tokens) - 1` are taken as known: the last is always computed, for its logits. A policy that must
+        Full pages are shared, and one that has more than the text does is copied as far as they agree. At most
+        `len(tokens) - 1` are taken as known: the last is always computed, for its logits. A policy that must
         see the last queries leaves those to be computed too, and one that must see all takes nothing as known.
 
         Args:
@@ -111,8 +112,11 @@ class Cache:
         """
         root, given = self._root(salt, source), self._source(salt, source)
         known = min((may_know(policy, len(tokens)) for policy in self._policies), default=len(tokens) - 1)
-        chain = self.index.find(root, list(tokens[: max(known, 0)])) if self.shares else []
-        sequence = Sequence(self, self._opened, root, chain, len(tokens))
+        text = list(tokens[: max(known, 0)]) if self.shares else []
+        chain = self.index.find(root, text)
+        part = None if self._policies else self.index.find_part(root, chain, text)
+        sequence = Sequence(self, self._opened, root, chain, len(tokens), part)
+        chain = chain if part is None else [*chain, part[0]]
         self._opened += 1
         for index, table in enumerate(sequence.tables):
             if table.group.source and given is not None:
@@ -125,6 +129,7 @@ class Cache:
             if found:
                 table.extend(np.stack(found, axis=1), live)
                 self.arena.retain(table.group.page_bytes, np.stack(found))
+                table.stale = part is not None  # behind what is shared of it
         self.arena.tables += sum(table.nbytes for table in sequence.tables)
         self._open[sequence.number] = sequence
         self.emit(events.Opened(sequence.number, len(tokens), sequence.cached))

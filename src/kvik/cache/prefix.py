@@ -21,6 +21,8 @@ from kvik.cache.arena import Pages
 from kvik.cache.spec import Group, Spec
 from kvik.ops.reads import Kept
 
+MOST_LOOKED_AT = 64  # blocks that begin with one token and stand on one parent
+
 
 def digest(**parts: bytes) -> bytes:
     """SHA-256 over tagged, length-prefixed parts."""
@@ -49,6 +51,12 @@ def root_key(weights: str, spec: Spec, salt: str, centres: str = "") -> bytes:
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The key of the block that holds `tokens` after `parent`."""
     return digest(parent=parent, tokens=array("q", tokens).tobytes())
+
+
+def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many first tokens are the same."""
+    pairs = zip(ours, theirs, strict=False)
+    return next((at for at, (mine, other) in enumerate(pairs) if mine != other), min(len(ours), len(theirs)))
 
 
 def source_key(root: bytes, source: bytes) -> bytes:
@@ -100,6 +108,7 @@ class PrefixIndex:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+        self._after: dict[tuple[bytes, int], dict[bytes, None]] = {}  # parent, first token -> keys, the oldest first
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -127,8 +136,30 @@ class PrefixIndex:
         self.touch([block.key for block in chain])
         return chain
 
-    def _complete(self, chain: list[Block]) -> bool:
-        length, size = len(chain) * self.spec.page_size, self.spec.page_size
+    def find_part(self, root: bytes, chain: list[Block], tokens: Sequence[int]) -> tuple[Block, int] | None:
+        """A block that begins as the tokens behind a chain do, and how many of its first tokens they share. Its page
+        can be copied so far.
+
+        Args:
+            tokens: all of the text.
+        """
+        rest = tokens[len(chain) * self.spec.page_size :]
+        if not rest:
+            return None
+        parent = chain[-1].key if chain else root
+        near = list(self._after.get((parent, rest[0]), ()))[-MOST_LOOKED_AT:]
+        best = max(((_shared(self._blocks[key].tokens, rest), key) for key in near), default=(0, b""))
+        if not best[0]:
+            return None
+        block = self._blocks[best[1]]
+        if not self._complete([*chain, block], len(chain) * self.spec.page_size + best[0]):
+            return None
+        self.touch([block.key])
+        return block, best[0]
+
+    def _complete(self, chain: list[Block], length: int | None = None) -> bool:
+        size = self.spec.page_size
+        length = len(chain) * size if length is None else length
         return all(
             chain[page].pages[index] is not None
             for index, group in enumerate(self.spec.groups)
@@ -139,12 +170,19 @@ class PrefixIndex:
     def add(self, block: Block) -> None:
         """Takes a block in; the caller has retained its pages."""
         self._blocks[block.key] = block
+        if block.tokens:
+            self._after.setdefault((block.parent, block.tokens[0]), {})[block.key] = None
         if block.parent in self._blocks:
             self._blocks[block.parent].children += 1
 
     def remove(self, block: Block) -> None:
         """Forgets a block; the caller releases its pages."""
         del self._blocks[block.key]
+        if block.tokens:
+            near = self._after[block.parent, block.tokens[0]]
+            del near[block.key]
+            if not near:
+                del self._after[block.parent, block.tokens[0]]
         if block.parent in self._blocks:
             self._blocks[block.parent].children -= 1
 

@@ -47,10 +47,20 @@ class Sequence:
             choose which rows stay. Another turn has another.
     """
 
-    def __init__(self, cache: Cache, number: int, root: bytes, chain: list[Block], prompt: int) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        number: int,
+        root: bytes,
+        chain: list[Block],
+        prompt: int,
+        part: tuple[Block, int] | None = None,
+    ) -> None:
         self.cache = cache
         self.number = number
         self.tokens = [token for block in chain for token in block.tokens]
+        if part is not None:
+            self.tokens += part[0].tokens[: part[1]]
         self.cached = len(self.tokens)
         self.prompt = prompt
         self.closed = False

@@ -36,10 +36,10 @@ MOST_BEAMS, ROUNDS = 8, 5
 def translate(
     text: Annotated[str, typer.Argument(help="What to translate, a sentence a line; - reads it from standard input.")],
     to: Annotated[
-        str | None, typer.Option(help="zh, ko, both, or what stands between >> and << for a Marian of many languages.")
+        str | None, typer.Option(help="zh, ko, both, or what stands between >> and << for a model of many languages.")
     ] = None,
     model: Annotated[
-        str, typer.Option("--model", "-m", help="dates, or a T5, BART or Marian: a folder, or a hub id.")
+        str, typer.Option("--model", "-m", help="dates, or an encoder-decoder: a folder, or a hub id.")
     ] = "dates",
     kv: KvOption = "bf16",
     beams: Annotated[int, typer.Option(help=f"Beams of a search, 1 to {MOST_BEAMS}; 1 takes likeliest tokens.")] = 1,
@@ -153,4 +153,4 @@ def _show(model: Model, runs: list[dict[str, Any]], rows: int, sources: int, kv:
         )
     if name == "dates":
         lines.append("the model knows dates, times, prices, counts and numbers; 'kvik train dates' made it")
-    stderr().print("\n" + "\n".join(lines), style="dim", highlight=False, markup=False)
+    stderr().print("\n" + "\n".join(lines), style="dim", highlight=False, markup=False, soft_wrap=True)

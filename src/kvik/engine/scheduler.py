@@ -84,6 +84,7 @@ class Scheduler:
     waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)
     pace: Pace = field(default_factory=Pace)
+    full: bool = False  # somebody had to go: nobody begins beside others until one of them has ended
     _keys: dict[int, list[bytes]] = field(default_factory=dict)  # of each job's prompt
 
     def add(self, job: Job) -> None:
@@ -94,6 +95,7 @@ class Scheduler:
     def drop(self, job: Job) -> None:
         """It is over."""
         self._keys.pop(job.number, None)
+        self.full = False
         for jobs in (self.waiting, self.running):
             if job in jobs:
                 jobs.remove(job)
@@ -104,9 +106,12 @@ class Scheduler:
             if task.sequence is not None:
                 task.sequence.close()
                 task.sequence = None
+        if not any(task.answer for task in job.tasks):
+            job.prompt_likely.clear()  # it begins anew
         job.preempted += 1
         self.running.remove(job)
         self.add(job)
+        self.full = True
 
     @property
     def youngest(self) -> Job:
@@ -115,7 +120,8 @@ class Scheduler:
 
     def next_waiting(self) -> Job | None:
         """Who may begin now. The first in order, except that one whose prompt somebody is computing waits for that."""
-        if not self.waiting:
+        self.full = self.full and bool(self.running)
+        if not self.waiting or self.full:
             return None
         free = self.most_running - sum(len(job.live) for job in self.running)
         coming = self._coming()
