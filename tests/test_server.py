@@ -313,14 +313,14 @@ def test_what_was_known_is_told_and_why(server, client):
     assert headers["x-kvik-cached-tokens"] == "0"
     again = [{"role": "user", "content": "a" * 80 + "b" * 10}]
     second = ask(client, messages=again, extra_body={"cache_salt": "x"})
-    assert second.usage.prompt_tokens_details.cached_tokens == 64
-    third = ask(client, messages=again)
+    assert second.usage.prompt_tokens_details.cached_tokens == 87
+    third = ask(client, messages=again, extra_body={"cache_salt": "y"})
     assert third.usage.prompt_tokens_details.cached_tokens == 0, "another salt"
     why = [server.send(f"/kvik/requests/{each}")[2] for each in (first["id"], second.id, third.id)]
-    assert [each["cached_tokens"] for each in why] == [0, 64, 0] and all(each["status"] == "done" for each in why)
+    assert [each["cached_tokens"] for each in why] == [0, 87, 0] and all(each["status"] == "done" for each in why)
     assert "none of your earlier requests" in why[0]["prompts"][0]["why"]
     reason = why[1]["prompts"][0]["why"]
-    assert first["id"] in reason and "64 of them in whole pages of 32" in reason
+    assert first["id"] in reason and "the first 87 tokens; token 87 is another" in reason
     assert server.send("/kvik/requests/chatcmpl-none")[0] == 404
 
 

@@ -55,10 +55,11 @@ def test_why_a_prompt_was_not_known():
     kept, text = Records(page=32), list(range(100))
     first = remembered(kept, "first", text, 0)
     assert "none of your earlier" in first()
-    assert remembered(kept, "again", text, 96)().startswith("all that can be known")
-    assert "again shares the first 70 tokens, 64 of them" in remembered(kept, "other", [*text[:70], *[7] * 40], 64)()
+    assert remembered(kept, "again", text, 99)().startswith("all that can be known")
+    assert "again shares the first 100 tokens, 96 of them in pages" in remembered(kept, "open", text, 96)()
+    assert "the first 70 tokens; token 70 is another" in remembered(kept, "other", [*text[:70], *[7] * 40], 70)()
     assert "had been dropped" in remembered(kept, "later", text, 32, evicted=9)()
-    assert "of which only 0 had been published" in remembered(kept, "soon", text, 0, evicted=9)()
+    assert "of which only 0 had been computed" in remembered(kept, "soon", text, 0, evicted=9)()
     assert "none of your earlier" in remembered(kept, "apart", text, 0, salt="t")()
 
 

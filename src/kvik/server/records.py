@@ -67,7 +67,7 @@ class Records:
     """The last requests. Of one thread: the server's.
 
     Args:
-        page: tokens of a page: only whole ones are found.
+        page: tokens of a page: only what is in full ones is found.
     """
 
     def __init__(self, page: int) -> None:
@@ -116,23 +116,19 @@ class Records:
         cached, page = prompt.known.cached, self._page
         if prompt.known.why:
             return prompt.known.why
-        last = (len(prompt.tokens) - 1) // page * page
-        if cached >= last:
-            return f"all that can be known: whole pages of {page} tokens; the last token is always computed"
+        if cached >= len(prompt.tokens) - 1:
+            return "all that can be known: the last token is always computed"
         other, shared = self._nearest(record, prompt)
         if other is None:
-            return "none of your earlier requests that are remembered began with the same tokens"
-        whole = min(shared // page * page, last)
-        if cached >= whole:
-            if shared == len(prompt.tokens):
-                return f"{other.id} began like this, and was not computed as far when this began"
-            return (
-                f"{other.id} shares the first {shared} tokens, {whole} of them in whole pages of {page}; "
-                f"token {shared} is another"
-            )
+            return "none of your earlier requests that are remembered began with the same token"
+        same = f"{other.id} shares the first {shared} tokens"
+        if cached >= shared:
+            return f"{same}; token {shared} is another"
+        if cached >= shared // page * page:
+            return f"{same}, {cached} of them in pages that were full; others ({page} tokens a page) are not found"
         if prompt.evicted > min((each.evicted for each in other.prompts), default=0):
-            return f"{other.id} shares the first {shared} tokens, but pages of them had been dropped to make room"
-        return f"{other.id} shares the first {shared} tokens, of which only {cached} had been published when this began"
+            return f"{same}, but pages of them had been dropped to make room"
+        return f"{same}, of which only {cached} had been computed and kept when this began"
 
     def _nearest(self, record: Record, prompt: Prompt) -> tuple[Record | None, int]:
         """The earlier request of the same key and salt that shares the longest beginning, and how long that is."""
