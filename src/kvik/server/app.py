@@ -60,9 +60,8 @@ def _answering(desk: Desk, asks: Asks) -> APIRouter:
         asks.check_body(body)
         asks.check_shape(body)
         tenant = request.state.tenant
-        with desk.coming(tenant):
-            made, offered = await asyncio.to_thread(_chat_request, asks, body, tenant)
-            asked = desk.ask(new_id("chatcmpl"), tenant, [made])
+        made, offered = await asyncio.to_thread(_chat_request, asks, body, tenant)
+        asked = desk.ask(new_id("chatcmpl"), tenant, [made])
         head = Head(asked.record.id, "chat.completion", body.model or desk.settings.names[0], named)
         answer = ChatAnswer(head, body, asked, prompts.tokenizer_of(engine.model), offered)
         return await _respond(answer, bool(body.stream), asked, request)
@@ -72,9 +71,8 @@ def _answering(desk: Desk, asks: Asks) -> APIRouter:
         asks.check_body(body)
         asks.check_shape(body, prompts.count(body))
         tenant = request.state.tenant
-        with desk.coming(tenant):
-            made = await asyncio.to_thread(_completion_requests, asks, body, tenant)
-            asked = desk.ask(new_id("cmpl"), tenant, made)
+        made = await asyncio.to_thread(_completion_requests, asks, body, tenant)
+        asked = desk.ask(new_id("cmpl"), tenant, made)
         head = Head(asked.record.id, "text_completion", body.model or desk.settings.names[0], named)
         answer = CompletionAnswer(head, body, asked, prompts.tokenizer_of(engine.model))
         return await _respond(answer, bool(body.stream), asked, request)

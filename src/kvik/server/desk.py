@@ -12,7 +12,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from kvik.engine.engine import Engine
@@ -119,19 +119,19 @@ class Desk:
         self.draining = False
         self._at_once: Counter[str] = Counter()
         self._open: list[Asked] = []
-        self._coming = 0  # requests that are being read and prepared
 
     @property
     def busy(self) -> int:
-        """HTTP requests in the making, or being answered."""
-        return len(self._open) + self._coming
+        """HTTP requests that are arriving, in the making, or being answered."""
+        return self._at_once.total()
 
     @contextlib.contextmanager
-    def coming(self, tenant: str):  # type: ignore[no-untyped-def]  # noqa: ANN201
-        """A place for a request, before anything is made of it. Raises ProblemError where there is none."""
+    def place(self, tenant: str) -> Iterator[None]:
+        """A place for a request, from before it is read to after it is answered. Raises ProblemError where all are
+        taken."""
         self.check()
         limits = self.settings.limits
-        if self._at_once[tenant] >= limits.requests_per_key:
+        if tenant and self._at_once[tenant] >= limits.requests_per_key:
             self.metrics.refused("requests_per_key")
             raise ProblemError(
                 429, f"{limits.requests_per_key} requests of this key run at once already; try again later",
@@ -139,16 +139,15 @@ class Desk:
             )  # fmt: skip
         if self.busy >= limits.requests:
             self.metrics.refused("requests")
-            raise ProblemError(
-                429, f"{limits.requests} requests run at once already; try again", code="queue_full", wait=1
-            )
+            message = f"{limits.requests} requests run at once already; try again later"
+            raise ProblemError(429, message, code="queue_full", wait=1)
         self._at_once[tenant] += 1
-        self._coming += 1
         try:
             yield
         finally:
-            self._coming -= 1
-            self._gone(tenant)
+            self._at_once[tenant] -= 1
+            if not self._at_once[tenant]:
+                del self._at_once[tenant]
 
     def check(self) -> None:
         """Raises ProblemError where no requests are taken."""
@@ -160,14 +159,13 @@ class Desk:
             )
 
     def ask(self, id: str, tenant: str, requests: Sequence[Request]) -> Asked:
-        """Hands requests to the engine: all, or none. Call inside `coming`. Raises ProblemError."""
+        """Hands requests to the engine: all, or none. Raises ProblemError."""
         self.check()
         loop = asyncio.get_running_loop()
         record = self.records.add(id, tenant, [(request.prompt, request.salt) for request in requests])
         asked = Asked(self, record, requests, loop.time() + self.settings.limits.seconds)
         asked._left = sum(request.n for request in requests)
         self._open.append(asked)
-        self._at_once[tenant] += 1
         for number, request in enumerate(requests):
 
             def tell(update: Update, number: int = number) -> None:
@@ -187,18 +185,12 @@ class Desk:
     def leave(self, asked: Asked) -> None:
         """A request is over."""
         self._open.remove(asked)
-        self._gone(asked.record.tenant)
 
     def abort_all(self) -> None:
         """Ends all that run: their clients hear that the server was shut down."""
         for asked in self._open:
             for job in asked.jobs:
                 self.engine.abort(job)
-
-    def _gone(self, tenant: str) -> None:
-        self._at_once[tenant] -= 1
-        if not self._at_once[tenant]:
-            del self._at_once[tenant]
 
 
 def new_id(prefix: str) -> str:

@@ -50,10 +50,13 @@ class Gate:
             await send(message)
 
         try:
-            scope["state"]["tenant"] = self._who(scope["path"], headers)
-            if scope["method"] == "POST":
-                receive = _again(await self._body(headers, receive), receive)
-            await self._app(scope, receive, marked)
+            scope["state"]["tenant"] = tenant = self._who(scope["path"], headers)
+            if scope["method"] != "POST":
+                await self._app(scope, receive, marked)
+                return
+            with self._desk.place(tenant):
+                body = await self._body(headers, receive)
+                await self._app(scope, _again(body, receive), marked)
         except ProblemError as problem:
             await Json(problem.body, problem.status, problem.headers)(scope, receive, marked)
         except Exception:

@@ -21,8 +21,8 @@ class Limits:
         biases: tokens whose logits are changed.
         messages, tools: in a chat.
         grammar_chars: of a JSON schema, regular expression or grammar.
-        requests_per_key: at once.
-        requests: at once, of all keys; those that wait in the engine's queue included.
+        requests_per_key: at once, from their first byte to their answer's last; without keys nothing is counted so.
+        requests: at once, of all; each may hold `body_bytes`.
     """
 
     body_bytes: int = 4 << 20
@@ -37,7 +37,7 @@ class Limits:
     tools: int = 128
     grammar_chars: int = 1 << 16
     requests_per_key: int = 64
-    requests: int = 1024
+    requests: int = 512
 
 
 @dataclass(frozen=True)
