@@ -349,7 +349,7 @@ def test_an_engine_that_breaks_down_is_an_error_and_not_silence(model, monkeypat
         status, _, answer = server.send(CHAT, SHORT)
         assert status == 503 and "broken down" in answer["error"]["message"]
         for path in ("/health", "/ready", "/kvik/cache", "/metrics"):
-            assert server.send(path)[0] in (503, 500)
+            assert server.send(path)[0] == 503
         assert server.send(CHAT, SHORT)[0] == 503
         with pytest.raises(EngineError):
             server.engine.asked(lambda: 1)
