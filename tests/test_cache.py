@@ -191,7 +191,7 @@ def check_keys(maker=cache_of):
     assert cache.open(tokens, salt="a").cached == 192
     assert cache.open(tokens, salt="b").cached == 0, "another salt"
     assert cache.open(tokens[32:], salt="a").cached == 0, "another past"
-    assert cache.open([*tokens[:40], 99, *tokens[41:]], salt="a").cached == 32, "other tokens"
+    assert cache.open([*tokens[:40], 99, *tokens[41:]], salt="a").cached == 40, "other tokens from there on"
     other = [*tokens[:40], 49, *tokens[41:]]
     with cache.open(salt="a") as sequence:
         TOY.fill(sequence, other)
@@ -224,7 +224,7 @@ def check_forged(cache):
     sequence.settle()
     (block,) = cache.index
     block.tokens = (*block.tokens[:-1], block.tokens[-1] + 1)
-    assert cache.open(tokens).cached == 0
+    assert cache.open(tokens).cached == 31, "so far they agree, and that much can be copied"
 
 
 def test_a_hit_compares_the_tokens():
@@ -263,9 +263,9 @@ def test_what_follows_a_hit_is_bit_for_bit_what_follows_no_hit(kv, page):
 
 
 @pytest.mark.parametrize(
-    ("asked", "cached"), [(0, 0), (1, 0), (32, 0), (33, 32), (64, 32), (65, 64), (96, 64), (200, 64)]
+    ("asked", "cached"), [(0, 0), (1, 0), (2, 1), (32, 31), (33, 32), (64, 63), (65, 64), (96, 64), (200, 64)]
 )
-def test_a_hit_is_of_whole_pages_and_leaves_the_last_token(asked, cached):
+def test_a_hit_goes_as_far_as_the_texts_agree_and_leaves_the_last_token(asked, cached):
     cache = cache_of("f32")
     remember(cache, text(90))
     tokens = (text(90)[:64] + text(200, 1))[:asked]
@@ -388,3 +388,44 @@ def test_heads_of_one_layer_may_differ_in_codec_and_window():
     assert torch.equal(rows["k"][0], want[0])
     assert rows["k"][1, :64].isnan().all(), "what only this head dropped"
     torch.testing.assert_close(rows["k"][1, 64:], want[1, 64:], atol=0.03, rtol=0)
+
+
+# A page of which a text has a beginning: it is copied.
+
+
+@pytest.mark.parametrize("codec", ["f32", "int8", "int4"])
+@pytest.mark.parametrize("retention", ["", "+window:64,sinks:4"])
+@pytest.mark.parametrize("agree", [1, 33, 70, 95, 100])
+def test_a_page_is_copied_as_far_as_texts_agree(codec, retention, agree):
+    cache, alone = cache_of(codec, retention), cache_of(codec, retention)
+    first, other = text(130), [*text(130)[:agree], *text(60, 5)]
+    with cache.open(first) as sequence:
+        TOY.fill(sequence, first)
+        sequence.settle()
+        held = {block.key: [None if p is None else p.copy() for p in block.pages] for block in cache.index}
+        with cache.open(other) as second, alone.open(other) as plain:
+            assert second.cached == len(second) == min(agree, 128 if agree >= 128 else agree)
+            assert second.tokens == other[:agree]
+            want = TOY.run([(plain, other)])[0][agree:]
+            assert torch.equal(TOY.run([(second, other[agree:])])[0], want), "no bit differs"
+            second.settle()
+            again = {k: v.cpu() for k, v in sequence.read(0).items()}
+        assert all(torch.equal(again[k], v.cpu()) for k, v in sequence.read(0).items())
+    assert all((cache.index.get(k).pages[i] == p).all() for k, pages in held.items() for i, p in enumerate(pages))
+    cache.check()
+
+
+def test_the_block_that_agrees_longest_is_taken_and_a_policy_copies_none():
+    cache = cache_of("f32")
+    for end in (10, 25, 20):
+        remember(cache, [*text(40)[:end], *text(60, end)])
+    assert cache.open(text(40)).cached == 25
+    cache = cache_of("f32", "+knorm:50%")
+    remember(cache, text(64))
+    assert cache.open([*text(64)[:50], 1, 2, 3]).cached == 32
+
+
+def test_what_is_copied_does_not_come_from_another_salt():
+    cache = cache_of("f32")
+    remember(cache, text(64), salt="a")
+    assert (cache.open(text(20), salt="b").cached, cache.open(text(20), salt="a").cached) == (0, 19)

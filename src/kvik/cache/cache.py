@@ -18,7 +18,7 @@ from kvik.cache.centres import Centres, centres_of
 from kvik.cache.limits import check_budget, memory_available, memory_total
 from kvik.cache.observed import may_know
 from kvik.cache.parts import parts_of
-from kvik.cache.prefix import Block, PrefixIndex, block_key, root_key, source_key
+from kvik.cache.prefix import Block, PrefixIndex, page_keys, root_key, source_key
 from kvik.cache.sequence import Sequence
 from kvik.cache.source import Filling
 from kvik.cache.spec import Bytes, Group, Spec
@@ -143,15 +143,9 @@ class Cache:
         return sequence
 
     def keys(self, tokens: Seq[int], salt: str = "") -> list[bytes]:
-        """What a text's full pages can be found under, the last token's aside, which is always computed; none where
-        nothing is shared."""
-        if not self.shares or self._policies:
-            return []
-        size, key, found = self.spec.page_size, self._root(salt, None), []
-        for start in range(0, len(tokens) - size, size):
-            key = block_key(key, tokens[start : start + size])
-            found.append(key)
-        return found
+        """What a text's full pages can be found under, its last token aside; none where nothing is shared."""
+        shared = self.shares and not self._policies
+        return page_keys(self._root(salt, None), tokens[:-1], self.spec.page_size) if shared else []
 
     def knows(self, source: bytes, salt: str = "") -> bool:
         """Whether a source's rows are here, so that nobody needs to compute them. They are used just now, if so."""

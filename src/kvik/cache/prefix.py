@@ -53,6 +53,15 @@ def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     return digest(parent=parent, tokens=array("q", tokens).tobytes())
 
 
+def page_keys(root: bytes, tokens: Sequence[int], page_size: int) -> list[bytes]:
+    """The keys of a text's full pages."""
+    key, found = root, []
+    for start in range(0, len(tokens) - page_size + 1, page_size):
+        key = block_key(key, tokens[start : start + page_size])
+        found.append(key)
+    return found
+
+
 def _shared(ours: Sequence[int], theirs: Sequence[int]) -> int:
     """How many first tokens are the same."""
     pairs = zip(ours, theirs, strict=False)
