@@ -135,7 +135,7 @@ def test_a_completion_takes_texts_and_tokens_one_or_several(model, client):
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_echo_gives_a_prompts_log_probabilities(model, client, tokens):
     """As lm-eval's local-completions asks for them, twice: a hit must not lose any."""
-    prompt = list(b"the cat sat on the mat and on the hat, and that was that")
+    prompt = model.tokenizer.encode("the cat sat on the mat and on the hat, and that was that")
     with model.cache("f32", memory=4 << 20).open() as sequence:
         rows = model.run([(sequence, prompt)], last=[len(prompt)]).log_softmax(-1)
     want = [float(row[token]) for row, token in zip(rows[:-1], prompt[1:], strict=True)]
@@ -144,6 +144,7 @@ def test_echo_gives_a_prompts_log_probabilities(model, client, tokens):
         for choice in answer.choices:
             found = choice.logprobs
             assert len(found.tokens) == len(prompt) + tokens == len(found.text_offset)
+            assert found.text_offset[: len(prompt) + 1] == list(range(len(prompt) + tokens))
             assert found.token_logprobs[0] is None and found.top_logprobs[0] is None
             assert found.token_logprobs[1 : len(prompt)] == pytest.approx(want, abs=1e-5)
             best = [max(top.values()) for top in found.top_logprobs[1 : len(prompt)]]

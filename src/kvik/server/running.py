@@ -38,7 +38,13 @@ class Server(Uvicorn):
         app, self.desk = create(engine, settings, local=is_local(host))
         super().__init__(
             uvicorn.Config(
-                app, log_level=log_level, timeout_graceful_shutdown=5, server_header=False, lifespan="off", ws="none"
+                app,
+                log_level=log_level,
+                timeout_graceful_shutdown=5,
+                timeout_keep_alive=75,
+                server_header=False,
+                lifespan="off",
+                ws="none",
             )
         )
         self.interrupted = False
