@@ -25,7 +25,7 @@ class Recipe:
         width, heads, ffn, encoder_layers, decoder_layers: of the network.
     """
 
-    steps: int = 4800
+    steps: int = 8400
     minutes: float | None = None
     seed: int = 0
     pairs: int = 64
