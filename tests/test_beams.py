@@ -171,7 +171,7 @@ def test_beams_over_a_known_prompt_and_beside_others():
     given = tokens(50, 2)
     want = their_beams(theirs, given, [11, 40], 3)
     cache = model.cache("f32", memory=MEMORY)
-    for known in (0, 32):
+    for known in (0, 49):  # all but the last, though half of it lies in a page that is full of a beam
         opened = []
         cache.listen(lambda e, opened=opened: opened.append(e) if isinstance(e, events.Opened) else None)
         with cache.open() as other, other.append([5]) as step:

@@ -50,14 +50,14 @@ class Machine(RuleBasedStateMachine):
         except BudgetError:
             return
         assert sequence.tokens == tokens[: sequence.cached]
-        assert sequence.cached % 16 == 0
+        assert sequence.cached % 16 == 0 or not self.cache._policies, "what a policy may choose from is never copied"
         assert sequence.cached < max(length, 1)
         self.known[sequence] = self.found(sequence)
 
     def found(self, sequence):
         """What a Sequence that was just opened should be."""
         oracle, count = Oracle(sequence.tokens), sequence.cached
-        hides = any(len(g.retention.live_pages(count, 16)) < count // 16 for g in self.cache.spec.groups)
+        hides = any(len(g.retention.live_pages(count, 16)) < -(-count // 16) for g in self.cache.spec.groups)
         oracle.floor = count if hides else 0
         return oracle
 
