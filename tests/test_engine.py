@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+import readers
 from bench_models import tiny
+from kvik.cache.cache import Cache
 from kvik.engine.engine import Engine
 from kvik.engine.guesses import look_up
 from kvik.engine.request import Request
@@ -144,6 +146,7 @@ def test_log_probabilities_are_those_of_the_model_on_a_hit_too(model):
     with Engine(model, "f32", memory=ROOM) as engine:
         first, again = (engine.submit(request).answers()[0] for _ in range(2))
     assert told([first]) == told([again]) and again.known.cached == 0, "cached rows hold no logits"
+    assert "log-probabilities" in again.known.why
     text = [*prompt, *first.token_ids]
     with model.cache("f32", memory=ROOM).open() as sequence:
         logprobs = torch.log_softmax(model.run([(sequence, text)], every=True), -1)
@@ -284,3 +287,35 @@ def test_many_short_requests_leave_memory_as_it_was(model):
             assert all(len(stream.answers()[0].token_ids) == 2 for stream in streams)
         check_books(engine)
         assert engine._loop.jobs == {} and engine._loop.scheduler._keys == {} and engine.counts.requests == 1000
+
+
+def test_a_source_that_cannot_be_read_is_its_askers_error_alone():
+    reading = readers.ours(readers.drawn("t5"))
+    start = [reading.reading.start_id]
+    with Engine(reading, "f32", memory=ROOM) as engine:
+        good = Request(start, max_tokens=3, ignore_end=True, source=[5, 6, 7])
+        for wrong in ([10**6], []):
+            with pytest.raises(UsageError):
+                engine.submit(replace(good, source=wrong)).answers()
+        assert len(engine.submit(good).answers()[0].token_ids) == 3
+
+
+def test_who_finds_no_room_to_begin_waits_and_begins_later(model, monkeypatch):
+    opened, refuse = Cache.open, [True]
+
+    def full(self, *given):
+        if len(self.sequences) == 1 and refuse.pop(0) if refuse else False:
+            raise BudgetError("no room for tables", needed=1, available=0)
+        return opened(self, *given)
+
+    monkeypatch.setattr(Cache, "open", full)
+    request = Request([3, 4, 5], max_tokens=300, ignore_end=True)
+    with Engine(model, "f32", memory=ROOM) as engine:
+        first = engine.submit(request)
+        begun = iter(first)
+        next(begun)
+        second = engine.submit(
+            replace(request, priority=-1, max_tokens=20)
+        )  # goes before the first, who is the youngest
+        assert len(second.answers()[0].token_ids) == 20 and sum(len(update.token_ids) for update in begun) == 299
+        assert engine.counts.preemptions == 1 and not refuse

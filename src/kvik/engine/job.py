@@ -53,7 +53,7 @@ class Known:
     Attributes:
         tokens: of the prompt.
         cached: how many of them needed no computing.
-        why: what kept the rest from being known.
+        why: what kept the rest from being known, where that lies in the request; else "".
     """
 
     tokens: int

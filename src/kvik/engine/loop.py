@@ -102,9 +102,11 @@ class Loop:
             try:
                 for task in job.live if any(task.answer for task in job.tasks) else job.tasks[:1]:
                     self._open(task)
-            except BudgetError as error:
-                self._squeeze(error)
+            except BudgetError as error:  # it waits itself: who has no sequence would never be in a step
+                self._squeeze(error, job)
                 return
+            except KvikError as error:  # its source can't be read
+                self._fail(job, error)
 
     def _open(self, task: Task) -> None:
         """Gives an answer a sequence that knows what can be found of it."""
@@ -116,7 +118,8 @@ class Loop:
         task.sequence = self.cache.open([] if every else text, request.salt, source)
         task.sequence.prompt = len(request.prompt)
         if job.known is None:
-            known = Known(len(request.prompt), len(task.sequence), "")
+            why = "log-probabilities of the prompt were asked for, so all of it was computed" if every else ""
+            known = Known(len(request.prompt), len(task.sequence), why)
             job.known, job.began = known, time.monotonic()
             self.counts.prompt_tokens += known.tokens
             self.counts.cached_tokens += known.cached
@@ -241,6 +244,7 @@ class Loop:
             self.counts.requests += 1
 
     def abort(self, number: int) -> None:
+        """Ends a job's answers as they are; harmless where it has ended."""
         job = self.jobs.get(number)
         if job is None:
             return
