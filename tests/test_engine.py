@@ -314,8 +314,6 @@ def test_who_finds_no_room_to_begin_waits_and_begins_later(model, monkeypatch):
         first = engine.submit(request)
         begun = iter(first)
         next(begun)
-        second = engine.submit(
-            replace(request, priority=-1, max_tokens=20)
-        )  # the first is the youngest
+        second = engine.submit(replace(request, priority=-1, max_tokens=20))  # the first is the youngest
         assert len(second.answers()[0].token_ids) == 20 and sum(len(update.token_ids) for update in begun) == 299
         assert engine.counts.preemptions == 1 and not refuse
