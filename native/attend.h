@@ -100,6 +100,12 @@ struct Next {
     int64_t tile;
 };
 
+// Parts of a block's first tiles that were computed together with other rows': [tiles][rows] of them, ours from `first` on.
+struct Before {
+    const float *parts; // null: there are none
+    int64_t tiles, rows, first;
+};
+
 struct AttendKernels {
     // Encodes a row of `width` floats; codes and scales go to its slot of a page.
     void (*append)(const Stream &, int page_size, const float *row, uint8_t *page, int slot);
@@ -107,8 +113,8 @@ struct AttendKernels {
     void (*attend)(const Block &, Next);
     // Only tiles [from, to); each leaves its part at parts + i * part_floats(block).
     void (*attend_tiles)(const Block &, int64_t from, int64_t to, float *parts, Next);
-    // Merges the parts of all tiles, in order, and writes the results.
-    void (*merge)(const Block &, const float *parts);
+    // Merges the parts of all tiles, in order, and writes the results; those of the first tiles may lie elsewhere.
+    void (*merge)(const Block &, const float *parts, Before);
     int64_t (*part_floats)(const Block &);
     // Adds to mass what each slot, of kept pages and then of the table's, received from the rows, whose lse is known.
     void (*mass)(const Block &, float *mass);

@@ -17,10 +17,18 @@ constexpr int APPENDED = 128; // rows of a task
 // A block's tiles, divided over tasks. The last task to end merges them.
 struct Work {
     Block block;
-    int tasks;
+    int tasks;     // its own, and those of the crowd that it is in
     int64_t parts; // where its parts begin, in floats; -1: one task, which needs none
     const Member *member;
     int lane;
+    int64_t crowd, row; // whose parts of the first tiles it takes, from which row on; -1: none
+};
+
+// The rows of a crowd in one lane, over its tiles alone.
+struct Together {
+    Block block;
+    int64_t tiles, parts;
+    std::vector<size_t> works; // of its members
 };
 
 } // namespace
@@ -37,6 +45,44 @@ Block Plan::block(const Member &member, int lane, int64_t at, int queries) const
     }
     b.start = member.start + at, b.queries = queries;
     return b;
+}
+
+int64_t Plan::agree(const Member &a, const Member &b, int first, int lanes) const {
+    const int64_t columns = std::min(a.columns, b.columns);
+    int64_t alike = 0;
+    while (alike < columns && a.logical[alike] == alike && b.logical[alike] == alike)
+        ++alike;
+    for (int lane = first; lane < first + lanes; ++lane) {
+        const int32_t *x = a.pages + lane * a.columns, *y = b.pages + lane * b.columns;
+        alike = std::mismatch(x, x + alike, y).first - x;
+    }
+    return std::min(alike * form_.page_size, std::min(a.start, b.start)) / TILE;
+}
+
+std::vector<Plan::Crowd> Plan::crowds(int first, int lanes, int64_t most) const {
+    std::vector<Crowd> found;
+    const auto apart = [&](const Member &m) { // it hides rows, or has others in their place
+        return m.kept || m.extremes || m.start + m.count > window_ || m.count > most / 4;
+    };
+    for (size_t from = 0; from < members_.size(); ++from) {
+        if (apart(members_[from]))
+            continue;
+        Crowd crowd{from, from + 1, INT64_MAX};
+        int64_t queries = members_[from].count;
+        for (; crowd.to < members_.size() && !apart(members_[crowd.to]); ++crowd.to) {
+            const int64_t tiles = std::min(crowd.tiles, agree(members_[from], members_[crowd.to], first, lanes));
+            queries += members_[crowd.to].count;
+            const bool far = crowd.to > from + 1 && 2 * tiles < crowd.tiles; // the others have more in common
+            if (tiles < 1 || far || queries > most)
+                break;
+            crowd.tiles = tiles;
+        }
+        if (crowd.to - from > 1) {
+            found.push_back(crowd);
+            from = crowd.to - 1;
+        }
+    }
+    return found;
 }
 
 void Plan::append(int first, int lanes, const Rows &k, const Rows &v) const {
@@ -90,8 +136,29 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
     std::vector<Work> works;
     std::vector<Choice> choices;
     const int64_t most = std::max(1, ROWS / shared);
-    int64_t token = 0, tiles = 0;
-    for (const Member &member : members_) {
+    // A bias depends on the query's position, which rows of a crowd don't share.
+    const std::vector<Crowd> crowded = options.bias || members_.size() < 2 ? std::vector<Crowd>{} : crowds(first, lanes, most);
+    std::vector<Together> together;
+    auto crowd = crowded.begin();
+    int64_t token = 0, tiles = 0, begun = 0;
+    for (size_t number = 0; number < members_.size(); ++number) {
+        const Member &member = members_[number];
+        if (crowd != crowded.end() && number == crowd->to)
+            ++crowd;
+        const bool shares = crowd != crowded.end() && number >= crowd->from;
+        if (shares && number == crowd->from) {
+            begun = token;
+            int64_t queries = 0;
+            for (size_t i = crowd->from; i < crowd->to; ++i)
+                queries += members_[i].count;
+            for (int lane = 0; lane < lanes; ++lane) {
+                Block b = block(member, first + lane, 0, int(queries));
+                b.start = crowd->tiles * TILE; // behind all that is read here
+                b.shared = shared, b.scale = options.scale, b.softcap = options.softcap;
+                b.q = q + token * q_token + int64_t(lane) * shared * form_.k.width, b.q_stride = q_token;
+                together.push_back({b, crowd->tiles, 0, {}});
+            }
+        }
         // Blocks start at fixed positions: how a text is cut decides nothing but who shares a load.
         const bool chooses = member.extremes && first >= select_.dense;
         const int64_t step = chooses ? 1 : most, blocks = (member.columns + TOGETHER - 1) / TOGETHER;
@@ -110,7 +177,10 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
                 if (span)
                     choices.push_back({int64_t(works.size()), *span,
                                        member.extremes + (first + lane) * blocks * 2 * TOGETHER * form_.k.width});
-                works.push_back({b, 1, -1, &member, lane});
+                const int64_t in = shares ? int64_t(together.size()) - lanes + lane : -1;
+                if (shares)
+                    together[in].works.push_back(works.size());
+                works.push_back({b, 1, -1, &member, lane, in, (row - begun) * shared});
             }
         }
         token += member.count;
@@ -119,40 +189,71 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
     for (const Choice &choice : choices)
         open.push_back(&works[choice.block].block);
     const std::vector<int32_t> chosen = choose(choices, open);
+    const auto before = [&](const Work &work) { return work.crowd < 0 ? 0 : together[work.crowd].tiles; };
     for (const Work &work : works)
-        tiles += work.block.tiles();
+        tiles += work.block.tiles() - before(work);
+    for (const Together &all : together)
+        tiles += all.tiles;
     const int64_t wanted = threads() == 1 ? 1 : int64_t(threads()) * SHARES;
     const int64_t share = std::max<int64_t>(1, tiles / wanted);
     struct Task {
-        int64_t work, from, to;
+        int64_t work, from, to; // work below 0: -1 - the crowd's number
     };
     std::vector<Task> tasks;
     int64_t floats = 0;
+    for (size_t t = 0; t < together.size(); ++t) {
+        Together &all = together[t];
+        const int64_t cuts = threads() == 1 ? 1 : std::min<int64_t>(all.tiles, SHARES);
+        all.parts = floats, floats += all.tiles * kernels.part_floats(all.block);
+        for (size_t w : all.works)
+            works[w].tasks = int(cuts);
+        for (int64_t c = 0; c < cuts; ++c)
+            tasks.push_back({-1 - int64_t(t), all.tiles * c / cuts, all.tiles * (c + 1) / cuts});
+    }
     for (size_t w = 0; w < works.size(); ++w) {
         Work &work = works[w];
-        const int64_t count = work.block.tiles();
+        const int64_t skipped = before(work), count = work.block.tiles() - skipped;
         const int64_t cuts = threads() == 1 ? 1 : (count + share - 1) / share;
-        work.tasks = int(cuts);
-        if (cuts > 1)
-            work.parts = floats, floats += count * kernels.part_floats(work.block);
+        work.tasks = int(cuts) + (work.crowd < 0 ? 0 : work.tasks);
+        if (work.tasks > 1)
+            work.parts = floats, floats += work.block.tiles() * kernels.part_floats(work.block);
         for (int64_t c = 0; c < cuts; ++c)
-            tasks.push_back({int64_t(w), count * c / cuts, count * (c + 1) / cuts});
+            tasks.push_back({int64_t(w), skipped + count * c / cuts, skipped + count * (c + 1) / cuts});
     }
     const std::unique_ptr<float[]> parts(floats ? new float[size_t(floats)] : nullptr);
     std::vector<std::atomic<int>> left(works.size());
     for (size_t w = 0; w < works.size(); ++w)
         left[w].store(works[w].tasks, std::memory_order_relaxed);
+    const auto block_of = [&](const Task &task) {
+        return task.work < 0 ? &together[-1 - task.work].block : &works[task.work].block;
+    };
+    const auto ended = [&](size_t w) {
+        const Work &work = works[w];
+        if (left[w].fetch_sub(1, std::memory_order_acq_rel) > 1)
+            return;
+        Before first{nullptr, 0, 0, 0};
+        if (work.crowd >= 0) {
+            const Together &all = together[work.crowd];
+            first = {parts.get() + all.parts, all.tiles, all.block.rows(), work.row};
+        }
+        kernels.merge(work.block, parts.get() + work.parts, first);
+    };
     parallel(int64_t(tasks.size()), [&](int64_t t) {
         const Task &task = tasks[t];
-        const Work &work = works[task.work];
         const size_t after = size_t(t) + threads(); // threads take tasks in turn
-        const Next next = after < tasks.size() ? Next{&works[tasks[after].work].block, tasks[after].from} : Next{nullptr, 0};
+        const Next next = after < tasks.size() ? Next{block_of(tasks[after]), tasks[after].from} : Next{nullptr, 0};
+        if (task.work < 0) {
+            const Together &all = together[-1 - task.work];
+            kernels.attend_tiles(all.block, task.from, task.to, parts.get() + all.parts, next);
+            for (size_t w : all.works)
+                ended(w);
+            return;
+        }
+        const Work &work = works[task.work];
         if (work.parts < 0)
             return kernels.attend(work.block, next);
-        float *mine = parts.get() + work.parts;
-        kernels.attend_tiles(work.block, task.from, task.to, mine, next);
-        if (left[task.work].fetch_sub(1, std::memory_order_acq_rel) == 1)
-            kernels.merge(work.block, mine);
+        kernels.attend_tiles(work.block, task.from, task.to, parts.get() + work.parts, next);
+        ended(size_t(task.work));
     });
     if (masses) // lane by lane: each adds up its queries in their order
         parallel(int64_t(members_.size()) * lanes, [&](int64_t task) {

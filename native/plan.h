@@ -44,6 +44,13 @@ class Plan {
                 float *lse, float *const *masses) const;
 
   private:
+    // Members next to one another whose tables begin with the same pages: these are read once for all their queries.
+    struct Crowd {
+        size_t from, to; // members
+        int64_t tiles;   // that all have, and all their queries see whole
+    };
+    std::vector<Crowd> crowds(int first, int lanes, int64_t most) const;
+    int64_t agree(const Member &a, const Member &b, int first, int lanes) const;
     Block block(const Member &member, int lane, int64_t at, int queries) const;
     void mass(const Block &block, const Member &member, float *mass) const; // adds, to places of the member's
 
