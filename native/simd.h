@@ -39,6 +39,12 @@ KVIK_INLINE vi word(const void *from) { // one 32-bit word in every lane
     std::memcpy(&x, from, 4);
     return splat(x);
 }
+KVIK_INLINE vi counted() { // 0, 1, 2, …
+    vi x;
+    for (int i = 0; i < VL; ++i)
+        x[i] = i;
+    return x;
+}
 KVIK_INLINE vf as_float(vi x) { return (vf)x; }
 KVIK_INLINE vi as_int(vf x) { return (vi)x; }
 KVIK_INLINE vf to_float(vi x) { return __builtin_convertvector(x, vf); }

@@ -139,6 +139,8 @@ class Sequence:
                 f"trim to {self._floor} or later, or open a new sequence"
             )
         self._check_trim(length)
+        if length == len(self.tokens):
+            return
         size = self.cache.spec.page_size
         for observed in self._observed:
             if observed is not None:
