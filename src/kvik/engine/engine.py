@@ -3,6 +3,8 @@
     engine = Engine(model, kv="int8", memory="2GiB")
     for answer in engine.generate(["Name three rivers.", "Why is the sky blue?"], max_tokens=64):
         print(answer.text)
+    async for update in engine.stream("Tell me a story.", max_tokens=256):
+        print(update.text, end="")
 
 Each step takes some tokens of every running request through the model together (continuous batching, Orca OSDI'22).
 No request's tokens depend on what else is in a step (law 1), nor on what was guessed, preempted or found.
@@ -10,11 +12,12 @@ No request's tokens depend on what else is in a step (law 1), nor on what was gu
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from kvik.cache.sizes import group_bytes
@@ -28,7 +31,6 @@ from kvik.engine.sampling import Sampling
 from kvik.engine.scheduler import Scheduler
 from kvik.errors import BudgetError, ContextError, EngineError, QueueError, UsageError
 from kvik.models.model import Model
-from kvik.units import parse_bytes
 
 
 class Engine:
@@ -69,7 +71,7 @@ class Engine:
                 "an answer or more, a token for each, and no number below 0"
             )
         self.model = model
-        self.cache = model.cache(kv, memory=parse_bytes(memory, "memory") if isinstance(memory, str) else memory)
+        self.cache = model.cache(kv, memory=memory)
         most = model.longest(self.cache.spec)
         self.longest = most if longest is None else min(longest, most)
         self._most_waiting = waiting
@@ -120,15 +122,40 @@ class Engine:
             progress: shows a bar on stderr.
             options: `Request`'s other attributes; `temperature` and the like are `Sampling`'s.
         """
-        streams = []
-        for prompt in prompts:
-            ids = encode_prompt(self.model, prompt, raw=raw) if isinstance(prompt, str) else list(prompt)
-            streams.append(self.submit(_request(ids, options)))
+        streams = [self.submit(self._request(prompt, raw, options)) for prompt in prompts]
         if not progress:
             return [stream.answers()[0] for stream in streams]
         from rich.progress import track
 
         return [stream.answers()[0] for stream in track(streams, "answers")]
+
+    async def stream(self, prompt: str | Sequence[int], *, raw: bool = False, **options: Any) -> AsyncIterator[Update]:
+        """A prompt's updates as they come, for asyncio. Whoever leaves early (`break`, a cancelled task, `aclose`) ends
+        the request.
+
+        Args:
+            prompt, raw, options: see `generate`.
+
+        Raises:
+            What `submit` raises, and the error that ended the request.
+        """
+        request = self._request(prompt, raw, options)
+        loop, mail = asyncio.get_running_loop(), asyncio.Queue[Update]()
+
+        def tell(update: Update) -> None:
+            with contextlib.suppress(RuntimeError):  # the asker's loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(mail.put_nowait, update)
+
+        asked, left = self.submit(request, tell), request.n
+        try:
+            while left:
+                update = await mail.get()
+                if update.error is not None:
+                    raise update.error
+                yield update
+                left -= update.last
+        finally:
+            asked.abort()
 
     def close(self) -> None:
         """Ends what still runs, and the thread. Idempotent."""
@@ -189,6 +216,12 @@ class Engine:
         """Requests that wait."""
         return max(len(self._loop.jobs) - self.running, 0)
 
+    def _request(self, prompt: str | Sequence[int], raw: bool, options: dict[str, Any]) -> Request:
+        ids = encode_prompt(self.model, prompt, raw=raw) if isinstance(prompt, str) else list(prompt)
+        ours = {name: value for name, value in options.items() if name in Sampling.__dataclass_fields__}
+        others = {name: value for name, value in options.items() if name not in ours}
+        return Request(ids, sampling=Sampling(**ours), **others)
+
     def _check(self, request: Request) -> int:
         """New tokens at the most. Raises what `submit` says."""
         model, spec, prompt = self.model, self.cache.spec, len(request.prompt)
@@ -231,9 +264,3 @@ class Engine:
             pages = n * len(group.lanes) * group.page_bytes  # copies of the last page
             held[group.page_bytes] = held.get(group.page_bytes, 0) + most + (n - 1) * max(more, 0) + pages
         return sum(-(-size // arena.slab_bytes) + 1 for size in held.values()) * arena.slab_bytes
-
-
-def _request(ids: list[int], options: dict[str, Any]) -> Request:
-    ours = {name: value for name, value in options.items() if name in Sampling.__dataclass_fields__}
-    others = {name: value for name, value in options.items() if name not in ours}
-    return Request(ids, sampling=Sampling(**ours), **others)

@@ -28,6 +28,7 @@ from kvik.models.tokenizer import Tokenizer
 from kvik.models.watch import Chunk
 from kvik.ops.grouped import GroupQuantized
 from kvik.ops.linear import FORMATS, Format
+from kvik.units import parse_bytes
 
 Weights = Literal["auto", "f32", "bf16", "int8", "int4"]
 
@@ -129,9 +130,11 @@ class Model:
         self.longest(spec)
         return spec
 
-    def cache(self, kv: str = "bf16", *, memory: int | None = None, shares: bool = True) -> Cache:
-        """A cache for this model's rows; see `Cache`. Raises UsageError of an encoder, see `decoder`."""
+    def cache(self, kv: str = "bf16", *, memory: int | str | None = None, shares: bool = True) -> Cache:
+        """A cache for this model's rows; see `Cache`. Memory may be text, such as "2GiB". Raises UsageError of an
+        encoder, see `decoder`."""
         self._check_keeps()
+        memory = parse_bytes(memory, "memory") if isinstance(memory, str) else memory
         return Cache(
             self.spec(kv), memory=memory, weights=self.held, shares=shares, device=self.device, centres=self.centres
         )
