@@ -203,6 +203,7 @@ def adapter() -> type[Harness]:
 def register() -> None:
     """Lets lm-eval find a model `kvik` in this process. Idempotent."""
     made = adapter()
+    import lm_eval.models  # noqa: F401  # its own models: it looks for them only where no model is known at all
     from lm_eval.api.registry import model_registry
 
     if "kvik" not in model_registry:
