@@ -168,3 +168,11 @@ def test_a_refusal_ends_the_command_in_one_line(folder, arguments, metadata, nam
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("kvik: ") and named in last and "Traceback" not in done.stderr
+
+
+def test_its_own_models_stay_known():
+    """It looks for them only where no model is known at all."""
+    from lm_eval.api.registry import model_registry
+
+    register()
+    assert {"kvik", "local-completions", "hf"} <= set(model_registry.keys())
