@@ -51,11 +51,12 @@ class Compressed:
 
 @dataclass(frozen=True)
 class Evicted:
-    """A block that nobody used was dropped to make room: positions `start` to `stop`, `pages` pages."""
+    """A block that nobody used was dropped to make room: positions `start` to `stop`, `pages` pages of `owner`."""
 
     start: int
     stop: int
     pages: int
+    owner: str = ""
 
 
 @dataclass(frozen=True)

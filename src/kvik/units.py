@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from kvik.errors import UsageError
 
@@ -37,6 +38,24 @@ def parse_bytes(text: str, what: str = "size") -> int:
     if size < 1:
         raise UsageError(f"{what} {text!r} is less than one byte; write 8GiB, 512MiB, 2GB or a number of bytes")
     return size
+
+
+def parse_part(text: str, what: str = "size") -> int | Fraction:
+    """Bytes, or a part of a whole that is known later: `64MiB`, `20%`.
+
+    Raises:
+        UsageError: the text is neither, or the part is nothing or more than all.
+
+    >>> parse_part("64MiB"), parse_part("12.5%")
+    (67108864, Fraction(1, 8))
+    """
+    match = re.fullmatch(r"\s*(\d{1,3}(?:\.\d{1,12})?)\s*%\s*", text, flags=re.ASCII)
+    if match is None:
+        return parse_bytes(text, what)
+    part = Fraction(match[1]) / 100
+    if not 0 < part <= 1:
+        raise UsageError(f"{what} {text!r} is no part of a whole; write more than 0% and up to 100%")
+    return part
 
 
 def format_bytes(count: int, *, decimal: bool = False, digits: int = 1) -> str:

@@ -34,13 +34,14 @@ _NORESERVE = 0x4000 if _GENERIC else 0
 
 
 class PageClass:
-    """All pages of one byte size: who is free, and how often each is held."""
+    """All pages of one byte size: who is free, how often each is held, and on whose account."""
 
     def __init__(self, page_bytes: int, slab_bytes: int, view: Tensor) -> None:
         self.page_bytes = page_bytes
         self.slab_bytes = slab_bytes
         self.view = view  # uint8 [pages, page_bytes]
-        self.refs = np.zeros(view.shape[0], dtype=np.int32)
+        self.refs = _zeros(view.shape[0])
+        self.accounts = _zeros(view.shape[0])  # of pages that are held
         self.free: dict[int, list[int]] = {}  # slab -> its free pages
 
     def of_slab(self, slab: int) -> range:
@@ -81,6 +82,7 @@ class Arena:
         self.classes: dict[int, PageClass] = {}
         self.slabs_used = 0
         self.tables = 0  # bytes of page tables, kept by the cache
+        self.accounts: dict[int, int] = {}  # bytes of the pages on each; see `cache/owners.py`
         self._next = 0  # slabs from here on were never used
         self._empty: list[int] = []  # a heap, lowest first
 
@@ -88,6 +90,10 @@ class Arena:
     def held(self) -> int:
         """Bytes held: whole slabs, and the page tables beside them."""
         return self.slabs_used * self.slab_bytes + self.tables
+
+    def room(self, tables: int = 0) -> int:
+        """Bytes of whole slabs that the budget leaves beside page tables, those and `tables` more."""
+        return max(self.budget - self.tables - tables, 0) // self.slab_bytes * self.slab_bytes
 
     def page_class(self, page_bytes: int) -> PageClass:
         """The pages of this size."""
@@ -115,8 +121,8 @@ class Arena:
         cost = self.cost(wanted, tables)
         return self.held + cost <= self.budget and self.slabs_used * self.slab_bytes + cost - tables <= self.capacity
 
-    def take(self, page_bytes: int, count: int) -> Pages:
-        """`count` zeroed pages, each with one reference. The caller has asked `fits`."""
+    def take(self, page_bytes: int, count: int, account: int = 0) -> Pages:
+        """`count` zeroed pages, each with one reference, on an account. The caller has asked `fits`."""
         pages = self.page_class(page_bytes)
         taken: list[int] = []
         while len(taken) < count:
@@ -130,7 +136,8 @@ class Arena:
             if not free:
                 del pages.free[slab]
         out = np.array(taken, dtype=np.int64)
-        pages.refs[out] = 1
+        pages.refs[out], pages.accounts[out] = 1, account
+        self._count(pages, out, 1)
         pages.view.index_fill_(0, torch.from_numpy(out).to(self.device), 0)
         return out
 
@@ -143,7 +150,16 @@ class Arena:
         owner = self.classes[page_bytes]
         pages = pages.reshape(-1)
         np.subtract.at(owner.refs, pages, 1)
-        self._free(owner, np.unique(pages[owner.refs[pages] == 0]))
+        freed = np.unique(pages[owner.refs[pages] == 0])
+        self._count(owner, freed, -1)
+        self._free(owner, freed)
+
+    def assign(self, page_bytes: int, pages: Pages, account: int) -> None:
+        """Puts pages that are held on another account; each is given once."""
+        owner = self.classes[page_bytes]
+        self._count(owner, pages, -1)
+        owner.accounts[pages] = account
+        self._count(owner, pages, 1)
 
     def defragment(self, page_bytes: int) -> Pages | None:
         """Moves pages, bytes verbatim, out of the emptiest slabs into free pages of the fullest ones.
@@ -167,6 +183,7 @@ class Arena:
         index = torch.from_numpy(np.stack((source, target))).to(self.device)
         owner.view[index[1]] = owner.view[index[0]]
         owner.refs[target], owner.refs[source] = owner.refs[source], 0
+        owner.accounts[target] = owner.accounts[source]
         gone = set(target.tolist())
         for slab in kept.tolist():
             left = [p for p in owner.free.pop(slab, ()) if p not in gone]
@@ -176,6 +193,13 @@ class Arena:
         moved = np.arange(self.touched(page_bytes), dtype=np.int64)
         moved[source] = target
         return moved
+
+    def _count(self, owner: PageClass, pages: Pages, sign: int) -> None:
+        """Pages come to their accounts, or leave them."""
+        for account, count in zip(*np.unique(owner.accounts[pages], return_counts=True), strict=True):
+            left = self.accounts.pop(int(account), 0) + sign * int(count) * owner.page_bytes
+            if left:
+                self.accounts[int(account)] = left
 
     def _free(self, owner: PageClass, freed: Pages) -> None:
         for slab in np.unique(freed * owner.page_bytes // self.slab_bytes).tolist():
@@ -198,6 +222,12 @@ class Arena:
         self.slabs_used += 1
         pages.free[slab] = list(pages.of_slab(slab))
         return slab
+
+
+def _zeros(count: int) -> NDArray[np.int32]:
+    """Zeros that take memory only where they are written: a number for each page that there could be."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+    return np.frombuffer(mmap.mmap(-1, max(4 * count, 1), flags=flags), np.int32, count)
 
 
 def _reserve(sizes: list[int]) -> mmap.mmap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -17,6 +18,7 @@ from kvik.cache.books import Books, books, check, nbytes
 from kvik.cache.centres import Centres, centres_of
 from kvik.cache.limits import check_budget, memory_available, memory_total
 from kvik.cache.observed import may_know
+from kvik.cache.owners import Owners, Wanted, claim
 from kvik.cache.parts import parts_of
 from kvik.cache.prefix import Block, PrefixIndex, page_keys, root_key, source_key
 from kvik.cache.sequence import Sequence
@@ -83,7 +85,7 @@ class Cache:
         self.arena = Arena(budget, capacity, largest, self.device)
         for group in spec.groups:
             self.arena.page_class(group.page_bytes)
-        self.index = PrefixIndex(spec)
+        self.index, self.owners = PrefixIndex(spec), Owners(self.arena)
         self.parts = parts_of(spec)
         self.writing = frozenset(layer for group in spec.groups if not group.source for layer, _ in group.lanes)
         self._policies = [g.retention.policy for g in spec.groups if g.retention.policy is not None]
@@ -94,7 +96,7 @@ class Cache:
         self._opened = 0
         self._listeners: list[Callable[[events.Event], None]] = []
 
-    def open(self, tokens: Seq[int] = (), salt: str = "", source: bytes | None = None) -> Sequence:
+    def open(self, tokens: Seq[int] = (), salt: str = "", source: bytes | None = None, owner: str = "") -> Sequence:
         """A new Sequence that starts with whatever is known of `tokens`; append the rest, from `len(sequence)` on.
 
         Full pages are shared, and one that has more than the text does is copied as far as they agree. At most
@@ -105,6 +107,7 @@ class Cache:
             tokens: what is going to be appended first: the prompt. A policy may choose at its end.
             salt: only sequences opened with the same salt share rows.
             source: digest of what the model reads beside the tokens (cross-attention), given by `fill` before.
+            owner: on whose account its pages are when room is short; see `cache/owners.py`.
 
         Raises:
             SequenceError: the source is not known here, or there is one where the spec keeps no rows of any.
@@ -115,7 +118,8 @@ class Cache:
         text = list(tokens[: max(known, 0)]) if self.shares else []
         chain = self.index.find(root, text)
         part = None if self._policies else self.index.find_part(root, chain, text)
-        sequence = Sequence(self, self._opened, root, chain, len(tokens), part)
+        sequence = Sequence(self, self._opened, root, chain, len(tokens), part, owner)
+        claim(self, chain if given is None else [given, *chain], owner)
         chain = chain if part is None else [*chain, part[0]]
         self._opened += 1
         for index, table in enumerate(sequence.tables):
@@ -153,18 +157,18 @@ class Cache:
         self.index.touch([key])
         return self.index.get(key) is not None
 
-    def fill(self, source: bytes, rows: int, salt: str = "") -> Filling:
+    def fill(self, source: bytes, rows: int, salt: str = "", owner: str = "") -> Filling:
         """Takes a source's rows, for all sequences that are opened with it; a context manager.
 
         Args:
             source: a digest that names the source in full: two sources with one digest would be one.
             rows: how many it has.
-            salt: see `open`.
+            salt, owner: see `open`.
 
         Raises, when entered:
             BudgetError: the pages don't fit; nothing changed.
         """
-        return Filling(self, source_key(self._root(salt, None), source), rows)
+        return Filling(self, source_key(self._root(salt, None), source), rows, owner)
 
     def step(self, chunks: Seq[tuple[Sequence, Seq[int]]]) -> Step:
         """One chunk of tokens for each of some sequences, to be taken through all layers: a context manager.
@@ -241,7 +245,7 @@ class Cache:
             raise SequenceError("another step is open on this cache; steps follow one another")
         size = self.spec.page_size
         plan: list[tuple[Table, range, bool, int]] = []
-        wanted: dict[int, int] = {}
+        wanted: dict[str, Counter[int]] = {}
         tables = 0
         for sequence, chunk in zip(step.sequences, step.chunks, strict=True):
             start, stop = len(sequence), len(sequence) + len(chunk)
@@ -253,7 +257,7 @@ class Cache:
                 shared = start % size != 0 and bool((refs[table.pages[:, -1]] > 1).any())
                 plan.append((table, fresh, shared, start % size))
                 count = len(table.group.lanes) * (len(fresh) + shared)
-                wanted[table.group.page_bytes] = wanted.get(table.group.page_bytes, 0) + count
+                wanted.setdefault(sequence.owner, Counter())[table.group.page_bytes] += count
                 columns = len(table.logical)
                 tables += table.group.table_bytes(columns + len(fresh)) - table.group.table_bytes(columns)
         self.make_room(wanted, tables)
@@ -267,7 +271,7 @@ class Cache:
                 paged.blank(self.pages(table.group), table.group.layout, size, last, used)  # 0 · NaN is NaN
             table.stale = False
             if fresh:
-                pages = self.arena.take(page_bytes, lanes * len(fresh)).reshape(lanes, len(fresh))
+                pages = self.arena.take(page_bytes, lanes * len(fresh), table.account).reshape(lanes, len(fresh))
                 self.arena.tables -= table.nbytes
                 table.extend(pages, fresh)
                 self.arena.tables += table.nbytes
@@ -299,14 +303,6 @@ class Cache:
         if gone.size:
             self.arena.release(table.group.page_bytes, gone)
 
-    def withdraw(self, sequence: Sequence) -> bool:
-        """Takes back what a sequence published and nobody builds on. Returns False if there is nothing of that."""
-        block = next((b for key in reversed(sequence._keys) if (b := self.index.get(key)) is not None), None)
-        if block is None or block.children > 0:
-            return False
-        self.index.remove(block)
-        return pressure.drop(self, block, [i for i, pages in enumerate(block.pages) if pages is not None])
-
     @property
     def sequences(self) -> list[Sequence]:
         """Those that are open."""
@@ -315,7 +311,7 @@ class Cache:
     def fork(self, sequence: Sequence) -> Sequence:
         """See `Sequence.fork`."""
         self.make_room({}, sum(table.nbytes for table in sequence.tables))
-        twin = Sequence(self, self._opened, sequence._root, [], 0)
+        twin = Sequence(self, self._opened, sequence._root, [], 0, owner=sequence.owner)
         self._opened += 1
         twin.tokens, twin.cached = list(sequence.tokens), sequence.cached
         twin._keys, twin._settled, twin._floor = list(sequence._keys), sequence._settled, sequence._floor
@@ -327,21 +323,6 @@ class Cache:
             self.arena.tables += table.nbytes
         self._open[twin.number] = twin
         return twin
-
-    def publish(self, sequence: Sequence, block: Block, page: int) -> None:
-        """Lets others find a full page of each group; a block that they can find already gets what it lacks."""
-        known = self.index.get(block.key)
-        held: list[Pages | None] = [None for _ in sequence.tables] if known is None else known.pages
-        for index, table in enumerate(sequence.tables):
-            column = np.flatnonzero(table.logical == page)
-            if held[index] is None and len(column):
-                held[index] = pages = table.pages[:, column[0]].astype(np.int64)
-                self.arena.retain(table.group.page_bytes, pages)
-        if known is not None:
-            return
-        block.pages = held
-        self.index.add(block)
-        self.emit(events.Published(sequence.number, block.start, block.start + len(block.tokens)))
 
     def touch(self, keys: list[bytes]) -> None:
         """Marks blocks as used just now."""
@@ -382,14 +363,14 @@ class Cache:
         self.index.touch([found.key])
         return found
 
-    def make_room(self, wanted: dict[int, int], tables: int = 0) -> None:
+    def make_room(self, wanted: Wanted, tables: int = 0) -> None:
         """See `pressure.make_room`."""
         pressure.make_room(self, wanted, tables)
 
     def _unshare(self, table: Table) -> None:
         """Copies the last column's pages, verbatim, before they are written to: others hold them too."""
         old = table.pages[:, -1].astype(np.int64)
-        new = self.arena.take(table.group.page_bytes, len(old))
+        new = self.arena.take(table.group.page_bytes, len(old), table.account)
         view = self.pages(table.group)
         index = torch.from_numpy(np.stack((old, new))).to(self.device)
         view[index[1]] = view[index[0]]

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kvik.cache.arena import Pages
 from kvik.cache.policy import Policy, apply
+from kvik.cache.publishing import withdraw
 from kvik.cache.reading import decoded
 from kvik.cache.seen import Seen
 from kvik.cache.table import Rows, Table
@@ -185,9 +186,9 @@ def _fresh(cache: Cache, sequence: Sequence, table: Table, closed: Keep, needed:
         shared = np.array([bool((owner.refs[pages] > 1).any()) for pages in _lane_pages(table, closed)])
         count = int(needed[shared].sum())
         try:
-            cache.make_room({page_bytes: count})
+            cache.make_room({sequence.owner: {page_bytes: count}})
         except BudgetError:
-            if not cache.withdraw(sequence):
+            if not withdraw(cache, sequence):
                 raise
             continue
-        return shared, cache.arena.take(page_bytes, count)
+        return shared, cache.arena.take(page_bytes, count, table.account)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,7 @@ class Block:
         tokens: of the run; none of a source.
         pages: for each group, one a lane, or of a source lane by lane all; None where it has none, or they had left.
         rows: of a source.
+        owner: on whose account its pages are; see `cache/owners.py`.
         children: blocks that stand on it; below 0 once one leaves that came before it.
     """
 
@@ -92,6 +93,7 @@ class Block:
     tokens: tuple[int, ...]
     pages: list[Pages | None]
     rows: int = 0
+    owner: str = ""
     children: int = 0
 
     def kept(self, index: int, group: Group) -> Kept:
@@ -112,19 +114,25 @@ class Block:
 
 
 class PrefixIndex:
-    """Blocks by key, least recently used first. Whoever adds or removes one holds or releases its pages."""
+    """Blocks by key, and each owner's, least recently used first. Whoever adds or removes one holds or releases its
+    pages."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self._blocks: OrderedDict[bytes, Block] = OrderedDict()
+        self._blocks: dict[bytes, Block] = {}
+        self._order: dict[str, OrderedDict[bytes, Block]] = {}  # by owner, the least recently used first
         self._after: dict[tuple[bytes, int], dict[bytes, None]] = {}  # parent, first token -> keys, the oldest first
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def __iter__(self) -> Iterator[Block]:
-        """All blocks, the least recently used first."""
+        """All blocks."""
         return iter(list(self._blocks.values()))
+
+    def of(self, owner: str) -> Iterable[Block]:
+        """An owner's blocks, the least recently used first; good until one is added, removed, touched or given."""
+        return self._order.get(owner, {}).values()
 
     def get(self, key: bytes) -> Block | None:
         """The block under a key."""
@@ -179,6 +187,7 @@ class PrefixIndex:
     def add(self, block: Block) -> None:
         """Takes a block in; the caller has retained its pages."""
         self._blocks[block.key] = block
+        self._order.setdefault(block.owner, OrderedDict())[block.key] = block
         if block.tokens:
             self._after.setdefault((block.parent, block.tokens[0]), {})[block.key] = None
         if block.parent in self._blocks:
@@ -187,6 +196,7 @@ class PrefixIndex:
     def remove(self, block: Block) -> None:
         """Forgets a block; the caller releases its pages."""
         del self._blocks[block.key]
+        self._leave(block)
         if block.tokens:
             near = self._after[block.parent, block.tokens[0]]
             del near[block.key]
@@ -198,5 +208,18 @@ class PrefixIndex:
     def touch(self, keys: Sequence[bytes]) -> None:
         """Marks a chain as used just now, its end first, so that ends leave before what they stand on."""
         for key in reversed(keys):
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
+            block = self._blocks.get(key)
+            if block is not None:
+                self._order[block.owner].move_to_end(key)
+
+    def give(self, block: Block, owner: str) -> None:
+        """Makes a block another owner's, used just now."""
+        self._leave(block)
+        block.owner = owner
+        self._order.setdefault(owner, OrderedDict())[block.key] = block
+
+    def _leave(self, block: Block) -> None:
+        mine = self._order[block.owner]
+        del mine[block.key]
+        if not mine:
+            del self._order[block.owner]

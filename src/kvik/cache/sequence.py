@@ -24,6 +24,7 @@ from kvik.cache.methods import Needs
 from kvik.cache.observed import Observed
 from kvik.cache.policy import Policy
 from kvik.cache.prefix import Block, block_key
+from kvik.cache.publishing import publish
 from kvik.cache.quest import learn
 from kvik.cache.reading import read
 from kvik.cache.spec import Bytes
@@ -43,6 +44,7 @@ class Sequence:
     Attributes:
         tokens: ids so far. The next position is `len(tokens)`: tokens seen, whatever was dropped.
         cached: how many of them were known when it was opened.
+        owner: on whose account its pages are; see `cache/owners.py`.
         prompt: position where the prompt ends, by default of the tokens that it was opened with: there a policy may
             choose which rows stay. Another turn has another.
     """
@@ -55,16 +57,17 @@ class Sequence:
         chain: list[Block],
         prompt: int,
         part: tuple[Block, int] | None = None,
+        owner: str = "",
     ) -> None:
         self.cache = cache
-        self.number = number
+        self.number, self.owner = number, owner
         self.tokens = [token for block in chain for token in block.tokens]
         if part is not None:
             self.tokens += part[0].tokens[: part[1]]
         self.cached = len(self.tokens)
         self.prompt = prompt
         self.closed = False
-        self.tables = [Table(group) for group in cache.spec.groups]
+        self.tables = [Table(group, cache.owners.account(owner)) for group in cache.spec.groups]
         self._root = root
         self._keys = [block.key for block in chain]  # of its full pages that are published
         self._settled = self.cached
@@ -217,7 +220,7 @@ class Sequence:
             parent = self._keys[-1] if self._keys else self._root
             key = block_key(parent, run)
             self._keys.append(key)
-            self.cache.publish(self, Block(key, parent, page * size, run, []), page)
+            publish(self.cache, self, Block(key, parent, page * size, run, [], owner=self.owner), page)
         if chooses:  # what comes after the prompt depends on where it ended
             self._publishes = False
 

@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 class Filling:
     """See the module's docstring. Made by `Cache.fill`; good for one source."""
 
-    def __init__(self, cache: Cache, key: bytes, rows: int) -> None:
+    def __init__(self, cache: Cache, key: bytes, rows: int, owner: str) -> None:
         if not cache.spec.source:
             raise SequenceError("the spec keeps no rows of a source; nothing can be filled")
         if rows < 1:
             raise SequenceError(f"a source of {rows} rows: give at least one")
-        self.cache, self.key, self.rows = cache, key, rows
+        self.cache, self.key, self.rows, self.owner = cache, key, rows, owner
         self._pages: list[Pages | None] = []
         self._plans: dict[int, Plan] = {}
         self._missing = {
@@ -52,12 +52,13 @@ class Filling:
         for group in cache.spec.groups:
             if group.source:
                 wanted[group.page_bytes] = wanted.get(group.page_bytes, 0) + len(group.lanes) * columns
-        cache.make_room(wanted)
+        cache.make_room({self.owner: wanted})
+        account = cache.owners.account(self.owner)
         for index, group in enumerate(cache.spec.groups):
             if not group.source:
                 self._pages.append(None)
                 continue
-            pages = cache.arena.take(group.page_bytes, len(group.lanes) * columns)
+            pages = cache.arena.take(group.page_bytes, len(group.lanes) * columns, account)
             self._pages.append(pages)
             table = np.ascontiguousarray(pages.reshape(len(group.lanes), columns), np.int32)
             member = Member(table, np.arange(columns, dtype=np.int32), 0, self.rows)
@@ -84,7 +85,7 @@ class Filling:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None and not self._missing:
-            self.cache.index.add(Block(self.key, b"", 0, (), self._pages, self.rows))
+            self.cache.index.add(Block(self.key, b"", 0, (), self._pages, self.rows, self.owner))
             self.cache.emit(events.Filled(self.rows, sum(p.size for p in self._pages if p is not None)))
             return
         for group, pages in zip(self.cache.spec.groups, self._pages, strict=True):

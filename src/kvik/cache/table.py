@@ -22,6 +22,7 @@ class Table:
         pages: int32 [lanes, columns], page numbers.
         logical: int32 [columns], ascending: column c holds positions logical[c]·N … logical[c]·N + N - 1.
         kept: rows from before the first column, lane by lane, once a policy has chosen; never written to again.
+        account: of the pages that are taken for it; see `cache/owners.py`.
         stale: rows beyond the sequence's end may have been written, by tokens that were rejected.
         extremes: of the keys of its first `known` pages, uint16 [lanes, B, 2, D, 16] (`ops/quest.py`), where queries
             choose which pages they read; else None.
@@ -31,6 +32,7 @@ class Table:
     def __init__(
         self,
         group: Group,
+        account: int = 0,
         pages: NDArray[np.int32] | None = None,
         logical: NDArray[np.int32] | None = None,
         kept: Kept | None = None,
@@ -38,7 +40,7 @@ class Table:
         self.group = group
         self.pages = np.zeros((len(group.lanes), 0), np.int32) if pages is None else pages
         self.logical = np.zeros(0, np.int32) if logical is None else logical
-        self.kept = kept
+        self.kept, self.account = kept, account
         self.stale = False
         self.extremes: quest.Extremes | None = (
             quest.room(len(group.lanes), 0, group.key_width) if group.chooses else None
@@ -53,7 +55,7 @@ class Table:
 
     def copy(self) -> Table:
         """Another table of the same pages."""
-        twin = Table(self.group, self.pages.copy(), self.logical.copy(), self.kept)
+        twin = Table(self.group, self.account, self.pages.copy(), self.logical.copy(), self.kept)
         twin.stale, twin.known = self.stale, self.known
         twin.extremes = None if self.extremes is None else self.extremes.copy()
         return twin

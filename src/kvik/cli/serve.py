@@ -24,6 +24,7 @@ from kvik.errors import UsageError
 
 if TYPE_CHECKING:
     from kvik.engine.engine import Engine
+    from kvik.engine.quota import Quota
     from kvik.server.settings import Settings
 
 _NEEDED = {"fastapi", "starlette", "uvicorn", "prometheus_client", "pydantic"}
@@ -61,6 +62,14 @@ def serve(
     share_prefixes: Annotated[
         bool, typer.Option("--share-prefixes", help="What one key's prompts left may be found by another's.")
     ] = False,
+    tenant_quota: Annotated[
+        str,
+        typer.Option(
+            help="What each key keeps of the cache when others flood it: a size, or a part such as 20%, that no "
+            "request of another's can take; fair: an equal part, unless a request fits only without it; none: "
+            "whatever was used least recently goes."
+        ),
+    ] = "fair",
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen beyond this machine without a key: anybody there may ask.")
     ] = False,
@@ -90,9 +99,11 @@ def serve(
             f"--host {host} can be reached from other machines, and anybody there could ask; give --api-key, or "
             "--insecure if that is meant"
         )
+    quota = _quota(tenant_quota, len(keys.digests), room)
     settings = Settings(
         names=tuple(served_model_name or (model,)), keys=keys, share_prefixes=share_prefixes,
-        vllm_names=metrics == "vllm", drain_s=drain, limits=Limits(requests_per_key=requests_per_key, seconds=timeout),
+        apart=tenant_quota != "none", vllm_names=metrics == "vllm", drain_s=drain,
+        limits=Limits(requests_per_key=requests_per_key, seconds=timeout),
     )  # fmt: skip
     with bound(host, port) as socket:  # a port that is taken is found before a model is loaded
         loaded = load_model(model, weights, device, share)
@@ -100,13 +111,28 @@ def serve(
 
         with Engine(
             loaded, kv, memory=room, running=max_num_seqs, step_tokens=max(max_num_batched_tokens, max_num_seqs),
-            waiting=max_waiting, guesses=guesses, longest=max_model_len,
+            waiting=max_waiting, guesses=guesses, longest=max_model_len, quota=quota,
         ) as engine:  # fmt: skip
             server = Server(engine, settings, host=host, log_level=uvicorn_log_level)
             server.banner = _banner(engine, settings, host, socket.getsockname()[1])
             server.run(sockets=[socket])
             if server.interrupted:
                 raise typer.Exit(INTERRUPTED)
+
+
+def _quota(text: str, keys: int, room: int | None) -> Quota | None:
+    """What each key was promised, if anything. Raises UsageError before a model is loaded, where that can be."""
+    from kvik.engine.quota import Quota
+    from kvik.units import parse_part
+
+    if text in ("fair", "none"):
+        return None
+    quota = Quota(parse_part(text, "tenant-quota"), keys)
+    if not keys:
+        raise UsageError(f"--tenant-quota {text}: without API keys all requests are one tenant's; give --api-key")
+    if room is not None:
+        quota.bytes_of(room)
+    return quota
 
 
 def _banner(engine: Engine, settings: Settings, host: str, port: int) -> str:
@@ -121,6 +147,8 @@ def _banner(engine: Engine, settings: Settings, host: str, port: int) -> str:
         f"up to {engine.longest:,} tokens",
         f"{keys} API key{'s' * (keys != 1)}" if keys else "no API key",
     ]
+    if engine.cache.owners.quota is not None:
+        parts.append(f"{format_bytes(engine.cache.owners.quota)} for each")
     return " · ".join(parts)
 
 

@@ -26,6 +26,7 @@ from kvik.engine.generation import encode_prompt
 from kvik.engine.guesses import Guesses
 from kvik.engine.job import Job, Update
 from kvik.engine.loop import Counts, Loop
+from kvik.engine.quota import Quota
 from kvik.engine.request import Request
 from kvik.engine.sampling import Sampling
 from kvik.engine.scheduler import Scheduler
@@ -53,6 +54,7 @@ class Engine:
         waiting: int = 256,
         guesses: int = 0,
         longest: int | None = None,
+        quota: Quota | None = None,
     ) -> None:
         """
         Args:
@@ -64,6 +66,8 @@ class Engine:
             guesses: tokens of each answer that are guessed from what its text has had, to be checked all in one step
                 (prompt lookup decoding); 0 = none. No token is another for it.
             longest: tokens of a prompt and its answer at the most; None = as many as the model can.
+            quota: what each owner of requests keeps, whatever others do; None = fair shares, as far as nobody needs
+                more for a request that runs alone. See `cache/owners.py`.
         """
         if running < 1 or step_tokens < running or waiting < 0 or guesses < 0:
             raise UsageError(
@@ -72,6 +76,9 @@ class Engine:
             )
         self.model = model
         self.cache = model.cache(kv, memory=memory)
+        self._quota = quota
+        if quota is not None:
+            self.cache.owners.quota = quota.bytes_of(self.cache.budget)
         most = model.longest(self.cache.spec)
         self.longest = most if longest is None else min(longest, most)
         self._most_waiting = waiting
@@ -235,16 +242,20 @@ class Engine:
             )
         room = self.longest - prompt
         limit = min(request.max_tokens or model.config.max_positions, room)
-        if (needed := self._alone(prompt, limit, request.n)) > self.cache.budget:
+        available = self.cache.budget if self._quota is None else self._quota.left(self.cache.arena)
+        if (needed := self._alone(prompt, limit, request.n)) > available:
             if request.max_tokens is None:
-                while limit > 1 and self._alone(prompt, limit, request.n) > self.cache.budget:
+                while limit > 1 and self._alone(prompt, limit, request.n) > available:
                     limit //= 2
                 needed = self._alone(prompt, limit, request.n)
-            if needed > self.cache.budget:
+            if needed > available:
+                what, more = "all of it is", "--memory more"
+                if self._quota is not None:
+                    what, more = "what other tenants' quotas leave of it is", "--memory more, or --tenant-quota less"
                 raise BudgetError(
                     f"{prompt:,} tokens and up to {limit:,} new ones, {request.n} times, take {needed:,} bytes of the "
-                    f"cache, and all of it is {self.cache.budget:,}; ask for fewer, or give --memory more",
-                    needed=needed, available=self.cache.budget,
+                    f"cache, and {what} {available:,}; ask for fewer, or give {more}",
+                    needed=needed, available=available,
                 )  # fmt: skip
         return limit
 

@@ -5,8 +5,9 @@
     step      one chunk of tokens for each, through the model together
     advance   from logits to tokens: choose, check guesses, settle, tell
 
-Room is a ladder: blocks that nobody uses are dropped by the cache; then the youngest gives its rows back and waits, to
-go on from what is found of it then; then requests wait in the queue, and those that don't fit there are refused.
+Room is a ladder: blocks that nobody uses are dropped by the cache, but of no owner who is within its share; then the
+youngest gives its rows back and waits, to go on from what is found of it then; then requests wait in the queue, and
+those that don't fit there are refused.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,7 +33,11 @@ from kvik.models.model import Model
 
 @dataclass
 class Counts:
-    """What an engine has done since it began."""
+    """What an engine has done since it began.
+
+    Attributes:
+        evicted: pages that were dropped to make room, by owner.
+    """
 
     steps: int = 0
     requests: int = 0
@@ -42,6 +48,7 @@ class Counts:
     accepted_tokens: int = 0
     preemptions: int = 0
     evicted_pages: int = 0
+    evicted: Counter[str] = field(default_factory=Counter)
     aborted: int = 0
     refused: int = 0
 
@@ -111,11 +118,14 @@ class Loop:
     def _open(self, task: Task) -> None:
         """Gives an answer a sequence that knows what can be found of it."""
         request, job = task.job.request, task.job
+        self._stand_firm()
         every = request.prompt_logprobs is not None and not task.answer  # cached rows hold no logits
         policies = any(group.retention.policy is not None for group in self.cache.spec.groups)
         text = list(request.prompt) if policies else task.tokens  # a policy chooses at the prompt's own end
-        source = None if request.source is None else self.model.fill(self.cache, request.source, request.salt)
-        task.sequence = self.cache.open([] if every else text, request.salt, source)
+        source, owner = None, request.owner
+        if request.source is not None:
+            source = self.model.fill(self.cache, request.source, request.salt, owner)
+        task.sequence = self.cache.open([] if every else text, request.salt, source, owner)
         task.sequence.prompt = len(request.prompt)
         if job.known is None:
             why = "log-probabilities of the prompt were asked for, so all of it was computed" if every else ""
@@ -131,6 +141,7 @@ class Loop:
         comings = [feed for feed in feeds if not feed.task.answer or len(feed.tokens) - feed.guesses > 1]
         prompts, mixed = sum(len(feed.tokens) for feed in comings), len(comings) < len(feeds)
         started = time.perf_counter()
+        self._stand_firm()
         try:
             logits = self.model.run(
                 [(feed.task.sequence, feed.tokens) for feed in feeds if feed.task.sequence is not None],
@@ -260,8 +271,14 @@ class Loop:
             job.tell(Update(job.number, task.number, error=error))
             self._release(task)
 
+    def _stand_firm(self) -> None:
+        """Nobody takes what is within another's share while there is somebody who can wait instead. Who runs alone
+        takes it, unless it was promised."""
+        owners = self.cache.owners
+        owners.firm = owners.quota is not None or len(self.scheduler.running) > 1
+
     def _squeeze(self, error: BudgetError, job: Job | None = None) -> None:
-        """There was no room, though every block that nobody uses was dropped: the youngest waits, or `job`. One who is
+        """There was no room, though every block that may go was dropped: the youngest waits, or `job`. One who is
         alone fits, as was checked; if not, it hears why."""
         running = self.scheduler.running
         if len(running) == 1 and (job is None or job is running[0]) and running[0].preempted > 3:
@@ -273,3 +290,4 @@ class Loop:
     def _heard(self, event: events.Event) -> None:
         if isinstance(event, events.Evicted):
             self.counts.evicted_pages += event.pages
+            self.counts.evicted[event.owner] += event.pages

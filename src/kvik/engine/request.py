@@ -32,6 +32,7 @@ class Request:
         prompt_logprobs: the same of the prompt's tokens, which are all computed then.
         priority: lower ones go first.
         salt: only requests with the same salt share rows.
+        owner: on whose account its rows are when room is short; see `cache/owners.py`.
         grammar: makes what each answer must follow, from its first token on; see `engine/grammar.py`.
     """
 
@@ -48,6 +49,7 @@ class Request:
     prompt_logprobs: int | None = None
     priority: int = 0
     salt: str = ""
+    owner: str = ""
     grammar: Callable[[], Grammar] | None = None
 
     def __post_init__(self) -> None:

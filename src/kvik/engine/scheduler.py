@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvik.cache.books import bytes_in_use
 from kvik.cache.cache import Cache
+from kvik.cache.pressure import least
 from kvik.engine.generation import room
 from kvik.engine.job import Job, Task
 
@@ -115,8 +115,9 @@ class Scheduler:
 
     @property
     def youngest(self) -> Job:
-        """Who is preempted first."""
-        return max(self.running, key=lambda job: job.order)
+        """Who is preempted first: the last of the one whose rows are the most."""
+        held = self.cache.owners.held()
+        return max(self.running, key=lambda job: (held.get(job.request.owner, 0), job.order))
 
     def next_waiting(self) -> Job | None:
         """Who may begin now. The first in order, except that one whose prompt somebody is computing waits for that."""
@@ -125,13 +126,11 @@ class Scheduler:
             return None
         free = self.most_running - sum(len(job.live) for job in self.running)
         coming = self._coming()
-        left = self.cache.budget - bytes_in_use(self.cache) if self.running else None
         for job in self.waiting:
             known, keys = self._known(job)
             if coming and known < len(keys) and keys[known] in coming:
                 continue
-            fits = left is None or self._needs(job, known) <= left
-            return job if len(job.live) <= free and fits else None
+            return job if len(job.live) <= free and self._fits(job, known) else None
         return None
 
     def begin(self, job: Job) -> None:
@@ -199,6 +198,12 @@ class Scheduler:
             if task.sequence is not None and len(task.sequence) < len(job.request.prompt):
                 found.update(self._known(job)[1][len(task.sequence) // self.cache.spec.page_size :])
         return found
+
+    def _fits(self, job: Job, known: int) -> bool:
+        """Whether there is room for its first rows beside what is in use and what is within others' shares. Alone it
+        begins in any case."""
+        more = {job.request.owner: self._needs(job, known)}
+        return not self.running or least(self.cache, more, firm=True) <= self.cache.budget - self.cache.arena.tables
 
     def _needs(self, job: Job, known: int) -> int:
         """Bytes that it will take at first, beside those of pages that are known."""

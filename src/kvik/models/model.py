@@ -182,13 +182,14 @@ class Model:
         return self.pooling(self.encode(ids))
 
     @torch.inference_mode()
-    def fill(self, cache: Cache, source: Tensor | Sequence[int], salt: str = "") -> bytes:
+    def fill(self, cache: Cache, source: Tensor | Sequence[int], salt: str = "", owner: str = "") -> bytes:
         """Makes a source known to a cache. Its encoder runs only where that is news; `Cache.listen` hears of it.
 
         Args:
             cache: of this model.
             source: token ids, or features f32 [frames, channels].
             salt: only texts opened with the same salt share it.
+            owner: on whose account its rows are; see `cache/owners.py`.
 
         Returns:
             Its digest, for `Cache.open`.
@@ -206,7 +207,7 @@ class Model:
         name = digest(kind=f"{data.dtype} {tuple(data.shape)}".encode(), data=data.numpy().tobytes())
         if not cache.knows(name, salt):
             states = self.encode(given)
-            with cache.fill(name, len(states), salt) as filling:
+            with cache.fill(name, len(states), salt, owner) as filling:
                 for layer, rows in self.reader.given(states):
                     filling.append(layer, **rows)
         return name

@@ -28,6 +28,7 @@ from kvik.server.problems import ProblemError
 from kvik.server.settings import Settings
 from kvik.server.snapshot import snapshot
 from kvik.server.stream import GONE, EventStream, Json, begun, guarded, whole
+from kvik.server.tenants import Tenants
 
 
 def create(engine: Engine, settings: Settings, *, local: bool = True) -> tuple[ASGIApp, Desk]:
@@ -36,12 +37,13 @@ def create(engine: Engine, settings: Settings, *, local: bool = True) -> tuple[A
     Args:
         local: bound to this machine alone; see `Gate`.
     """
-    desk = Desk(engine, settings, Metrics(engine, settings.names[0], vllm=settings.vllm_names))
-    asks = Asks(engine, settings, Grammars(engine.model))
+    tenants = Tenants(settings.keys, apart=settings.apart)
+    desk = Desk(engine, settings, Metrics(engine, settings.names[0], tenants, vllm=settings.vllm_names))
+    asks = Asks(engine, settings, Grammars(engine.model), tenants)
     app = FastAPI(title="kvik", version=__version__, redoc_url=None, default_response_class=Json)
     app.include_router(_answering(desk, asks))
     app.include_router(_texts(desk, asks))
-    app.include_router(_state(desk))
+    app.include_router(_state(desk, tenants))
     app.add_exception_handler(ProblemError, _problem)
     app.add_exception_handler(KvikError, _kvik_error)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -172,7 +174,7 @@ def _card(name: str, engine: Engine) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _state(desk: Desk) -> APIRouter:
+def _state(desk: Desk, tenants: Tenants) -> APIRouter:
     """How the server is, and what it knows."""
     router = APIRouter(tags=["state"])
     engine = desk.engine
@@ -199,9 +201,10 @@ def _state(desk: Desk) -> APIRouter:
         return PlainTextResponse(await asyncio.to_thread(desk.metrics.text), media_type="text/plain; version=0.0.4")
 
     @router.get("/kvik/cache")
-    async def cache() -> Response:
-        alone = len(desk.settings.keys.digests) < 2
-        return Json(await asyncio.to_thread(engine.asked, lambda: snapshot(engine, each=alone)))
+    async def cache(request: Request) -> Response:
+        alone, who = len(desk.settings.keys.digests) < 2, tenants.number(request.state.tenant)
+        found = await asyncio.to_thread(engine.asked, lambda: snapshot(engine, tenants, each=alone))
+        return Json({**found, "tenant": who})
 
     @router.get("/kvik/requests/{id}")
     async def explained(id: Annotated[str, Path(max_length=128)], request: Request) -> Response:

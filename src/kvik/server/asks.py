@@ -17,6 +17,7 @@ from kvik.server.bodies import IDLE, REFUSED, Body, ChatBody, CompletionBody, Sa
 from kvik.server.keys import salt_of
 from kvik.server.problems import ProblemError, wrong
 from kvik.server.settings import Settings
+from kvik.server.tenants import Tenants
 
 log = logging.getLogger("kvik.server")
 
@@ -27,11 +28,13 @@ class Asks:
 
     Attributes:
         grammars: of the model.
+        tenants: on whose account rows are.
     """
 
     engine: Engine
     settings: Settings
     grammars: Grammars
+    tenants: Tenants
     _told: set[str] = field(default_factory=set)  # unknown fields that were named in the log
 
     def check_body(self, body: Body) -> None:
@@ -102,7 +105,7 @@ class Asks:
                 stop_ids=tuple(body.stop_token_ids or ()), ignore_end=bool(body.ignore_eos),
                 min_tokens=body.min_tokens or 0, logprobs=logprobs, prompt_logprobs=every,
                 priority=body.priority or 0, salt=salt_of(tenant, body.cache_salt or "", self.settings.share_prefixes),
-                grammar=grammar,
+                grammar=grammar, owner=self.tenants.owner(tenant),
             )  # fmt: skip
         except UsageError as error:
             raise ProblemError(400, str(error), code="invalid_value") from None

@@ -82,7 +82,9 @@ class Asked:
         record, now = self.record, time.monotonic()
         prompt = record.prompts[number]
         if update.known is not None and prompt.known is None:
-            prompt.known, prompt.evicted = update.known, self.desk.engine.counts.evicted_pages
+            prompt.known = update.known
+            prompt.evicted = self.desk.engine.counts.evicted[self.requests[number].owner]
+            self.desk.metrics.known(record, update.known)
         seconds = now - record.arrived
         self.desk.metrics.tokens(record, len(update.token_ids), seconds)
         record.new_tokens += len(update.token_ids)

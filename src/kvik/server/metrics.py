@@ -6,6 +6,7 @@ What the engine and the cache know is read when somebody asks; what takes time i
 from __future__ import annotations
 
 import re
+from collections import Counter as Total
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from kvik.engine.engine import Engine
+    from kvik.engine.job import Known
     from kvik.server.records import Record
+    from kvik.server.tenants import Held, Tenants
 
 _CREATED = re.compile(rb"(# \w+ )?[\w:]+_created[ {]")
 _SECONDS = tuple(digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5))
@@ -34,12 +37,14 @@ class Metrics:
 
     Args:
         name: the model's.
+        tenants: labels.
         vllm: also under vLLM's names.
     """
 
-    def __init__(self, engine: Engine, name: str, *, vllm: bool) -> None:
+    def __init__(self, engine: Engine, name: str, tenants: Tenants, *, vllm: bool) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_EngineFigures(engine, name, vllm))
+        self._registry.register(_EngineFigures(engine, name, tenants, vllm))
+        self._tenants = tenants
         labels, values = ("model_name", "engine"), (name, "0")
         self._histograms: dict[str, list[Histogram]] = {}
         for ours, (theirs, help, buckets) in _HISTOGRAMS.items():
@@ -48,6 +53,10 @@ class Metrics:
                 both = Histogram(f"vllm:{theirs}", help, labels, buckets=buckets, registry=self._registry)
                 made.append(both.labels(*values))
             self._histograms[ours] = made
+        self._prompt, self._cached = (
+            Counter(f"kvik_tenant_{which}_tokens", f"{what}, by key", ["tenant"], registry=self._registry)
+            for which, what in (("prompt", "Prompt tokens"), ("cached_prompt", "Those that needed no computing"))
+        )
         self._answers = Counter("kvik_answers", "Answers, by why they ended", ["reason"], registry=self._registry)
         self._refusals = Counter("kvik_refused_requests", "Refused, by what was full", ["why"], registry=self._registry)
         self._responses = Counter("kvik_responses", "HTTP responses", ["status"], registry=self._registry)
@@ -62,6 +71,12 @@ class Metrics:
         """In Prometheus' format. Waits for the engine to be between two steps."""
         lines = generate_latest(self._registry).splitlines(keepends=True)
         return b"".join(line for line in lines if not _CREATED.match(line))  # when each began: nobody reads it
+
+    def known(self, record: Record, known: Known) -> None:
+        """One of its prompts has begun."""
+        tenant = self._tenants.number(record.tenant)
+        self._prompt.labels(tenant).inc(known.tokens)
+        self._cached.labels(tenant).inc(known.cached)
 
     def tokens(self, record: Record, new: int, seconds: float) -> None:
         """A request has so many new tokens, so many seconds after it arrived. Call before it is noted."""
@@ -96,16 +111,17 @@ class Metrics:
 
 
 class _EngineFigures(Collector):
-    def __init__(self, engine: Engine, name: str, vllm: bool) -> None:
-        self._engine, self._name, self._both = engine, name, vllm
+    def __init__(self, engine: Engine, name: str, tenants: Tenants, vllm: bool) -> None:
+        self._engine, self._name, self._tenants, self._both = engine, name, tenants, vllm
 
     def collect(self) -> Iterator[Metric]:
         engine, counts, cache = self._engine, self._engine.counts, self._engine.cache
-        books, held = engine.asked(lambda: (cache.books, cache.arena.held))
+        books, held, mine = engine.asked(lambda: (cache.books, cache.arena.held, self._tenants.held(cache)))
         pages = GaugeMetricFamily("kvik_cache_pages", "Pages, by what they are", labels=["state"])
         for state, count in (("free", books.free), ("in_use", books.in_use), ("kept", books.kept)):
             pages.add_metric([state], count)
         yield pages
+        yield from self._of_tenants(mine, dict(counts.evicted))
         yield GaugeMetricFamily("kvik_cache_budget_bytes", "Bytes that the cache may hold", cache.budget)
         yield GaugeMetricFamily("kvik_cache_held_bytes", "Bytes that it holds", held)
         yield GaugeMetricFamily("kvik_requests_running", "Requests that run", engine.running)
@@ -124,6 +140,22 @@ class _EngineFigures(Collector):
             yield CounterMetricFamily(f"kvik_{name}", help, count)
         if self._both:
             yield from self._as_vllm(books.in_use / max(books.all, 1) * held / max(cache.budget, 1))
+
+    def _of_tenants(self, mine: dict[str, Held], evicted: dict[str, int]) -> Iterable[Metric]:
+        sizes = GaugeMetricFamily("kvik_tenant_bytes", "Bytes of pages, by key", labels=["tenant", "state"])
+        for name, held in mine.items():
+            sizes.add_metric([name, "in_use"], held.in_use)
+            sizes.add_metric([name, "kept"], held.kept)
+        yield sizes
+        gone = Total[str]()
+        for owner, count in evicted.items():
+            gone[self._tenants.number(owner)] += count
+        dropped = CounterMetricFamily("kvik_tenant_evicted_pages", "Pages dropped to make room", labels=["tenant"])
+        for name, count in gone.items():
+            dropped.add_metric([name], count)
+        yield dropped
+        if (quota := self._engine.cache.owners.quota) is not None:
+            yield GaugeMetricFamily("kvik_tenant_quota_bytes", "Bytes that each key keeps", quota)
 
     def _as_vllm(self, usage: float) -> Iterable[Metric]:
         engine, counts = self._engine, self._engine.counts

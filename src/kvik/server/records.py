@@ -23,7 +23,7 @@ class Prompt:
     Attributes:
         tokens: its ids.
         known: once it has begun.
-        evicted: pages that had been dropped to make room when it began.
+        evicted: pages on its key's account that had been dropped to make room when it began.
     """
 
     tokens: array[int]

@@ -48,6 +48,8 @@ class Settings:
         names: of the model; the first is what answers say.
         keys: who may ask; none = everybody.
         share_prefixes: what one key's requests left may be found by another's.
+        apart: each key's rows are on an account of its own, so that who holds the most makes room; else whatever was
+            used least recently goes, whosever it is.
         vllm_names: metrics have vLLM's names as well.
         drain_s: seconds that running requests get to finish after the first SIGTERM.
         keep_alive_s: seconds of silence after which a stream says that it lives.
@@ -56,6 +58,7 @@ class Settings:
     names: tuple[str, ...]
     keys: Keys = field(default_factory=Keys)
     share_prefixes: bool = False
+    apart: bool = True
     vllm_names: bool = False
     drain_s: float = 30.0
     keep_alive_s: float = 15.0

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from kvik.engine.engine import Engine
+from kvik.server.tenants import Tenants
 
 
-def snapshot(engine: Engine, *, each: bool) -> dict[str, object]:
+def snapshot(engine: Engine, tenants: Tenants, *, each: bool) -> dict[str, object]:
     """Call in the engine's thread.
 
-    Pages: free + in_use + kept = all. Bytes: payload + overhead = allocated, and allocated + unused = budget.
+    Pages: free + in_use + kept = all. Bytes: payload + overhead = allocated, and allocated + unused = budget; each
+    tenant's in_use and kept, tables and free = allocated.
 
     Args:
         each: list the open sequences one by one; else only how many there are, since they may be somebody else's.
     """
     cache = engine.cache
     books, held = cache.books, cache.nbytes
+    mine = tenants.held(cache)
     sequences = [
         {
             "tokens": len(sequence),
@@ -32,6 +35,12 @@ def snapshot(engine: Engine, *, each: bool) -> dict[str, object]:
         "payload_bytes": held.payload,
         "overhead_bytes": held.overhead,
         "unused_bytes": cache.budget - held.allocated,
+        "table_bytes": cache.arena.tables,
+        "free_bytes": held.allocated - cache.arena.tables - sum(each.in_use + each.kept for each in mine.values()),
+        "quota_bytes": cache.owners.quota,
+        "tenants": {
+            name: {"in_use_bytes": each.in_use, "kept_bytes": each.kept} for name, each in sorted(mine.items())
+        },
         "pages": {"all": books.all, "free": books.free, "in_use": books.in_use, "kept": books.kept},
         "blocks": len(cache.index),
         "evicted_pages": engine.counts.evicted_pages,
