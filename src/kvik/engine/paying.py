@@ -8,8 +8,9 @@ A guess is right with probability a as long as all before it were, so that k at 
 t is the time of a step without guesses, and c·t what one more guess adds for every answer: the draft's pass, a row in
 the check, the choice of a token. The paper's c is the draft's pass alone, as the check of a few rows is taken to be
 free; on a processor it is not, so c is measured whole. a is that of all answers of late; t and c are those of steps
-with about as many answers. The best k has the most tokens in the time. Where that is 0, a few guesses are made now and
-then to see whether it still is; where it isn't, a step without is made now and then, to know t.
+with about as many answers, as far as there were any. The best k has the most tokens in the time. Where that is 0, a few
+guesses are made now and then to see whether it still is, more and more seldom; where it isn't, a step without any is
+made now and then, to know t.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 FIRST = 4  # guesses at once while nothing is known of what they cost
-EVERY = 64  # steps from one trial to the next
+EVERY, SELDOM = 64, 1024  # steps from one trial to the next: at first, and at the most
 TRIAL = 3  # steps of a trial; the draft reads up on what it missed in the first one
 _FADES = 0.99  # what was right or wrong counts less with every answer that is checked after it
 _WEIGHT = 0.2  # of the newest measurement, once there are a few
@@ -35,11 +36,14 @@ class _Mean:
 
 @dataclass
 class _Cost:
-    """Of steps with about as many answers: `plain` seconds without guesses, and what `each` adds to that."""
+    """Of steps with about as many answers: `plain` seconds without guesses, and what `each` adds to that. Where none
+    pay, the next trial begins with step `trial`, and the one after it `wait` steps later, or more."""
 
     plain: _Mean = field(default_factory=_Mean)
     each: _Mean = field(default_factory=_Mean)
     steps: int = 0
+    trial: int = EVERY
+    wait: int = EVERY
 
 
 class Paying:
@@ -61,17 +65,24 @@ class Paying:
 
     def best(self, answers: int) -> int:
         """Guesses for each of so many answers in the next step."""
-        cost = self._cost(answers)
-        cost.steps += 1
-        if cost.plain.count < TRIAL:
+        own, size = self._cost(answers), answers.bit_length()
+        own.steps += 1
+        known = {at: cost for at, cost in self._costs.items() if cost.each.count}
+        if own.plain.count < (1 if known else TRIAL):
             return 0
-        if not cost.each.count:
+        if not known:
             return min(FIRST, self.most)
+        cost = known[min(known, key=lambda at: abs(at - size))]
         found = best(self.rate, max(cost.each.value, 0.0) / cost.plain.value, self.most)
-        turn = cost.steps % EVERY
-        if found == 0:
-            return min(FIRST, self.most) if turn < TRIAL else 0
-        return 0 if turn == 0 else found
+        if found:
+            own.trial, own.wait = own.steps + EVERY, EVERY
+            return 0 if own.steps % EVERY == 0 else found
+        if own.steps < own.trial:
+            return 0
+        if own.steps == own.trial + TRIAL - 1:
+            own.wait = min(2 * own.wait, SELDOM)
+            own.trial = own.steps + own.wait
+        return min(FIRST, self.most)
 
     def checked(self, guessed: int, right: int) -> None:
         """Of an answer's guesses so many were right, up to the first wrong one."""

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from kvik.cache.cache import Cache
     from kvik.engine.engine import Engine
     from kvik.server.records import Record
 
@@ -101,13 +102,21 @@ class _EngineFigures(Collector):
 
     def collect(self) -> Iterator[Metric]:
         engine, counts, cache = self._engine, self._engine.counts, self._engine.cache
-        books, held = engine.asked(lambda: (cache.books, cache.arena.held))
+        draft = engine.draft_cache
+        books, held, drafts = engine.asked(
+            lambda: (cache.books, cache.arena.held, 0 if draft is None else draft.arena.held)
+        )
         pages = GaugeMetricFamily("kvik_cache_pages", "Pages, by what they are", labels=["state"])
         for state, count in (("free", books.free), ("in_use", books.in_use), ("kept", books.kept)):
             pages.add_metric([state], count)
         yield pages
         yield GaugeMetricFamily("kvik_cache_budget_bytes", "Bytes that the cache may hold", cache.budget)
         yield GaugeMetricFamily("kvik_cache_held_bytes", "Bytes that it holds", held)
+        if draft is not None:
+            yield GaugeMetricFamily(
+                "kvik_draft_cache_budget_bytes", "Bytes that the draft's cache may hold", draft.budget
+            )
+            yield GaugeMetricFamily("kvik_draft_cache_held_bytes", "Bytes that it holds", drafts)
         yield GaugeMetricFamily("kvik_requests_running", "Requests that run", engine.running)
         yield GaugeMetricFamily("kvik_requests_waiting", "Requests that wait", engine.waiting)
         for name, help, count in (
@@ -144,6 +153,10 @@ class _EngineFigures(Collector):
             yield _labelled(CounterMetricFamily, name, self._name, value)
         facts = {"block_size": str(engine.cache.spec.page_size), "cache_dtype": str(engine.cache.spec), "engine": "0"}
         yield InfoMetricFamily("vllm:cache_config", "The cache's settings", facts)
+
+
+def _held(cache: Cache | None) -> int:
+    return 0 if cache is None else cache.arena.held
 
 
 def _labelled(
