@@ -11,6 +11,9 @@ free; on a processor it is not, so c is measured whole. a is that of all answers
 with about as many answers, as far as there were any. The best k has the most tokens in the time. Where that is 0, a few
 guesses are made now and then to see whether it still is, more and more seldom; where it isn't, a step without any is
 made now and then, to know t.
+
+Less than a twentieth is no gain: times are that uncertain, and who guesses again must first read
+what it missed.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataclasses import dataclass, field
 FIRST = 4  # guesses at once while nothing is known of what they cost
 EVERY, SELDOM = 64, 1024  # steps from one trial to the next: at first, and at the most
 TRIAL = 3  # steps of a trial; the draft reads up on what it missed in the first one
+GAIN = 1.05  # that guesses must bring
 _FADES = 0.99  # what was right or wrong counts less with every answer that is checked after it
 _WEIGHT = 0.2  # of the newest measurement, once there are a few
 
@@ -103,7 +107,7 @@ class Paying:
 
 
 def best(rate: float, cost: float, most: int) -> int:
-    """How many guesses at once, up to `most`, give the most tokens in the time.
+    """How many guesses at once, up to `most`, give the most tokens in the time; 0 where none brings GAIN.
 
     Args:
         rate: how often one is right, where all before it were.
@@ -112,7 +116,7 @@ def best(rate: float, cost: float, most: int) -> int:
     >>> best(0.8, 0.1, 8), best(0.8, 0.5, 8), best(0.3, 0.5, 8)
     (6, 2, 0)
     """
-    tokens, found, fastest = 1.0, 0, 1.0
+    tokens, found, fastest = 1.0, 0, GAIN
     for count in range(1, most + 1):
         tokens += rate**count
         if tokens / (1 + cost * count) > fastest:
