@@ -42,6 +42,12 @@ def other():
     return drawn()
 
 
+@pytest.fixture(scope="module")
+def near():
+    """The model with its weights in int4: often right."""
+    return tiny(weights="int4")
+
+
 @pytest.fixture
 def eager(monkeypatch):
     """As many guesses as are allowed, in every step, whatever they cost."""
@@ -70,10 +76,10 @@ def test_no_token_is_another_and_a_draft_like_the_model_is_always_right(model, k
 
 
 @pytest.mark.parametrize("kv", ["int8+snapkv:50%,every:32,last:9", "int8+tova:96rows,every:32", "int8+quest:4pages"])
-def test_policies_that_look_at_queries_choose_as_if_nothing_was_guessed(model, other, kv, eager):
+def test_policies_that_look_at_queries_choose_as_if_nothing_was_guessed(model, near, other, kv, eager):
     requests = mixture(8, seed=7)
     want = [alone(model, kv, request) for request in requests]
-    for draft in (model, other):
+    for draft in (near, other):
         with Engine(model, kv, memory=ROOM, running=8, step_tokens=64, draft=draft, guesses=12) as engine:
             assert [told(stream.answers()) for stream in [engine.submit(each) for each in requests]] == want
             check_books(engine)
@@ -199,14 +205,14 @@ def test_the_draft_finds_prompts_again_but_under_no_other_salt(model, other, eag
     assert [event.cached > 0 for event in opened] == [False, True, False, True, False, True, True]
 
 
-def test_only_what_is_certain_is_published(model, other, eager):
-    request = Request(list(range(3, 40)), max_tokens=150, ignore_end=True)
-    with Engine(model, "f32", memory=ROOM, draft=other, guesses=5) as engine:
+def test_only_what_is_certain_is_published(model, near, eager):
+    request = Request(list(range(3, 40)), max_tokens=250, sampling=Sampling(0.05, seed=1), ignore_end=True)
+    with Engine(model, "f32", memory=ROOM, draft=near, draft_kv="int4", guesses=5) as engine:
         (answer,) = engine.submit(request).answers()
         text = [*request.prompt, *answer.token_ids]
         blocks = engine.asked(lambda: [(block.start, list(block.tokens)) for block in engine.draft_cache.index])
-        assert engine.counts.accepted_tokens < engine.counts.guessed_tokens
-    assert len(blocks) > 3 and all(tokens == text[start : start + len(tokens)] for start, tokens in blocks)
+        assert 0.5 < engine.counts.accepted_tokens / engine.counts.guessed_tokens < 1
+    assert len(blocks) > 6 and all(tokens == text[start : start + len(tokens)] for start, tokens in blocks)
 
 
 def test_penalties_and_least_tokens_hold_for_guesses_too(model, eager):
