@@ -18,14 +18,14 @@ SIZES = {"vocab_size": 258, "hidden_size": 48, "intermediate_size": 80, "num_hid
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 700}
 
 
-def tiny(window=None):
+def tiny(window=None, weights="f32"):
     """A random model, with a window of its own or without."""
     torch.manual_seed(0)
     if window is None:
         theirs = LlamaForCausalLM(LlamaConfig(**SIZES))
     else:
         theirs = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window))
-    return Model(families.from_hf(theirs.config.to_dict(), None, "tiny"), theirs.state_dict(), weights="f32")
+    return Model(families.from_hf(theirs.config.to_dict(), None, "tiny"), theirs.state_dict(), weights=weights)
 
 
 def ids(count):

@@ -9,6 +9,7 @@ pytest.importorskip("llguidance", reason="pip install 'kvik[serve]'")
 
 from kvik.engine.engine import Engine
 from kvik.engine.grammar import Grammars, Matched
+from kvik.engine.paying import Paying
 from kvik.engine.request import Request
 from kvik.engine.sampling import Sampling
 from kvik.errors import EngineError, UsageError
@@ -53,6 +54,19 @@ def test_guesses_and_preemption_change_no_token(model, grammars):
     assert [answer.token_ids for answer in guessed] == alone and counts.accepted_tokens > 0
     squeezed, counts = written(model, grammar, memory="1025KiB")
     assert [answer.token_ids for answer in squeezed] == alone and counts.preemptions > 0
+
+
+def test_a_draft_follows_the_grammar_and_what_it_forbids_is_no_harm(model, grammars, monkeypatch):
+    monkeypatch.setattr(Paying, "best", lambda self, answers: self.most)
+    grammar = grammars.json(SCHEMA)
+    alone = [answer.token_ids for answer in written(model, grammar, running=2)[0]]
+    drafted, counts = written(model, grammar, draft=model, draft_kv="f32", guesses=4)
+    assert [answer.token_ids for answer in drafted] == alone
+    assert counts.accepted_tokens > 0.9 * counts.guessed_tokens, "all but what came after an end"
+    monkeypatch.setattr(Matched, "copy", lambda self: grammars.regex("(.|\\n)*")())
+    forbidden, fewer = written(model, grammar, draft=model, draft_kv="f32", guesses=4)
+    assert [answer.token_ids for answer in forbidden] == alone
+    assert fewer.accepted_tokens < 0.5 * fewer.guessed_tokens
 
 
 def test_an_end_comes_only_where_the_grammar_may_end(model, grammars):

@@ -8,6 +8,7 @@ pytest.importorskip("fastapi", reason="pip install 'kvik[serve]'")
 openai = pytest.importorskip("openai", reason="pip install openai")
 
 from kvik.engine.generation import Generation  # noqa: E402
+from kvik.engine.paying import Paying  # noqa: E402
 from kvik.engine.request import Request  # noqa: E402
 from kvik.engine.sampling import Sampling  # noqa: E402
 from kvik.models.model import load  # noqa: E402
@@ -344,3 +345,15 @@ def test_figures_for_prometheus(model):
         assert lines["kvik_new_tokens_total"] == "6.0" and lines["kvik_first_token_seconds_count"] == "2.0"
         assert lines['vllm:prefix_cache_hits_total{engine="0",model_name="tiny"}'] == "64.0"
         assert lines['kvik_answers_total{reason="length"}'] == "2.0" and "_created" not in text
+
+
+def test_a_drafts_guesses_and_its_cache_are_in_the_figures(model, monkeypatch):
+    monkeypatch.setattr(Paying, "best", lambda self, answers: self.most)
+    with serving(model, engine={"draft": model, "draft_kv": "f32", "guesses": 3}) as server:
+        server.send("/v1/completions", {"prompt": "x" * 70, "max_tokens": 13, "ignore_eos": True})
+        lines = dict(line.rsplit(" ", 1) for line in server.send("/metrics")[2].splitlines() if line[0] != "#")
+        found = server.send("/kvik/cache")[2]["draft"]
+    assert lines["kvik_guessed_tokens_total"] == lines["kvik_accepted_tokens_total"] == "9.0"
+    assert float(lines["kvik_draft_cache_budget_bytes"]) == found["budget_bytes"] == 8 << 20
+    assert float(lines["kvik_draft_cache_held_bytes"]) == found["allocated_bytes"] > 0
+    assert found["sequences"] == 0 and found["spec"] == "f32"

@@ -418,6 +418,16 @@ def test_a_killed_server_leaves_nothing_to_clean(folder):
     sock.close()
 
 
+def test_a_draft_guesses_for_a_server(folder, kvik_here):
+    process, _, line = started(folder, "--port", "0", "--draft", str(folder), "--draft-kv", "int4", "--guesses", "3")
+    assert f"draft {folder}, int4, 1." in line and "cache bf16, 6." in line
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    process.stderr.close()
+    done = kvik_here("serve", str(folder), "--port", "0", "--draft", str(folder), "--kv", "int8+h2o:64rows")
+    assert done.returncode == 2 and "can't be taken back" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -427,6 +437,8 @@ def test_a_killed_server_leaves_nothing_to_clean(folder):
         (["--api-key-file", "/nothing"], "can't be read"),
         (["--kv", "nonsense"], "nonsense"),
         (["--memory", "lots"], "lots"),
+        (["--draft-weights", "int4"], "give --draft too"),
+        (["--draft", "smollm2", "--draft-kv", "nonsense"], "nonsense"),
     ],
 )
 def test_wrong_options_are_a_line_before_a_model_is_loaded(kvik_here, options, reason):

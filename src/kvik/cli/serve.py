@@ -52,8 +52,18 @@ def serve(
     max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 512,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more get 429.")] = 256,
     guesses: Annotated[
-        int, typer.Option(min=0, help="Tokens of each answer that are guessed from its text; no answer is another.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            min=0,
+            help="Tokens of each answer that are guessed at once, from its text or by --draft; no answer is another. "
+            "By default none, or up to 8 by a draft.",
+        ),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A faster model with the same tokens, which guesses what answers say next.")
+    ] = None,
+    draft_weights: Annotated[str, typer.Option(help="How the draft's weights are held, such as int4.")] = "auto",
+    draft_kv: Annotated[str, typer.Option("--draft-kv", help="What the draft's cache keeps.")] = "int8",
     api_key: Annotated[
         list[str] | None,
         typer.Option(envvar="KVIK_API_KEY", show_envvar=True, help="A key that may ask; can be given several times."),
@@ -87,6 +97,9 @@ def serve(
     room = budget(memory)
     check_spec(kv, allow_none=False)
     check_share(share)
+    check_spec(draft_kv, allow_none=False)
+    if draft is None and (draft_weights, draft_kv) != ("auto", "int8"):
+        raise UsageError("--draft-weights and --draft-kv are of a draft, and none was given; give --draft too")
     _check_installed()
     from kvik.server.gate import is_local
     from kvik.server.keys import Keys
@@ -107,14 +120,21 @@ def serve(
     )  # fmt: skip
     with bound(host, port) as socket:  # a port that is taken is found before a model is loaded
         loaded = load_model(model, weights, device, share)
+        guessing = None if draft is None else load_model(draft, draft_weights, device)
         from kvik.engine.engine import Engine
 
         with Engine(
             loaded, kv, memory=room, running=max_num_seqs, step_tokens=max(max_num_batched_tokens, max_num_seqs),
-            waiting=max_waiting, guesses=guesses, longest=max_model_len, quota=quota,
+            waiting=max_waiting, guesses=guesses, draft=guessing, draft_kv=draft_kv, longest=max_model_len,
+            quota=quota,
         ) as engine:  # fmt: skip
+            if guessing is not None and engine.draft_cache is None:
+                raise UsageError(
+                    f"--draft: {engine.cache.spec} adds up attention, which can't be taken back with a wrong guess; "
+                    "choose another --kv, or leave --draft out"
+                )
             server = Server(engine, settings, host=host, log_level=uvicorn_log_level)
-            server.banner = _banner(engine, settings, host, socket.getsockname()[1])
+            server.banner = _banner(engine, settings, host, socket.getsockname()[1], draft)
             server.run(sockets=[socket])
             if server.interrupted:
                 raise typer.Exit(INTERRUPTED)
@@ -135,7 +155,7 @@ def _quota(text: str, keys: int, room: int | None) -> Quota | None:
     return quota
 
 
-def _banner(engine: Engine, settings: Settings, host: str, port: int) -> str:
+def _banner(engine: Engine, settings: Settings, host: str, port: int, draft: str | None) -> str:
     """The line that says that it answers."""
     from kvik.units import format_bytes
 
@@ -144,12 +164,20 @@ def _banner(engine: Engine, settings: Settings, host: str, port: int) -> str:
     parts = [
         f"kvik: {settings.names[0]} at http://{where}:{port}/v1",
         f"cache {engine.cache.spec}, {format_bytes(engine.cache.budget)}",
+        *_drafts(engine, draft),
         f"up to {engine.longest:,} tokens",
         f"{keys} API key{'s' * (keys != 1)}" if keys else "no API key",
     ]
     if engine.cache.owners.quota is not None:
         parts.append(f"{format_bytes(engine.cache.owners.quota)} for each")
     return " · ".join(parts)
+
+
+def _drafts(engine: Engine, draft: str | None) -> list[str]:
+    from kvik.units import format_bytes
+
+    cache = engine.draft_cache
+    return [] if cache is None else [f"draft {draft}, {cache.spec}, {format_bytes(cache.budget)}"]
 
 
 def _check_installed() -> None:

@@ -20,11 +20,15 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from kvik.cache.arena import device_memory
+from kvik.cache.cache import Cache
 from kvik.cache.sizes import group_bytes
 from kvik.engine.answers import Answer, Stream
+from kvik.engine.draft import Draft, check_pair, share
 from kvik.engine.generation import encode_prompt
-from kvik.engine.guesses import Guesses
+from kvik.engine.guesses import Guesser, most_guesses
 from kvik.engine.job import Job, Update
+from kvik.engine.lookup import Lookup
 from kvik.engine.loop import Counts, Loop
 from kvik.engine.quota import Quota
 from kvik.engine.request import Request
@@ -32,6 +36,9 @@ from kvik.engine.sampling import Sampling
 from kvik.engine.scheduler import Scheduler
 from kvik.errors import BudgetError, ContextError, EngineError, QueueError, UsageError
 from kvik.models.model import Model
+from kvik.units import parse_bytes
+
+GUESSES = 8  # of a draft, at the most
 
 
 class Engine:
@@ -40,6 +47,7 @@ class Engine:
     Attributes:
         model: of whose rows the cache is.
         cache: nobody else may touch it while the engine runs.
+        draft_cache: the draft's, likewise; None where there is no draft, or nothing can be guessed.
         longest: tokens of a prompt and its answer at the most.
     """
 
@@ -52,30 +60,46 @@ class Engine:
         running: int = 32,
         step_tokens: int = 512,
         waiting: int = 256,
-        guesses: int = 0,
+        guesses: int | None = None,
+        draft: Model | None = None,
+        draft_kv: str = "int8",
         longest: int | None = None,
         quota: Quota | None = None,
     ) -> None:
         """
         Args:
             kv: what the cache keeps, a spec string.
-            memory: the cache's budget, such as "2GiB"; None = half of what is free.
+            memory: the cache's budget, such as "2GiB"; None = half of what is free. A draft's cache has its share of
+                it: as much as it takes to keep the same texts, and half at the most.
             running: answers at once.
             step_tokens: tokens that go through the model at once.
             waiting: requests that may wait; more are refused.
-            guesses: tokens of each answer that are guessed from what its text has had, to be checked all in one step
-                (prompt lookup decoding); 0 = none. No token is another for it.
+            guesses: tokens of each answer that are guessed, to be checked all in one step: from what its text has had
+                (prompt lookup decoding), or by the draft, which guesses as many as pay, up to so many. 0 = none; None =
+                8 with a draft, and none without. No token is another for it. Where a policy adds up attention ("h2o")
+                nothing is guessed.
+            draft: a model with the same tokens that takes less time; see `engine/draft.py`.
+            draft_kv: what the draft's cache keeps: rows in any codec, all or a window.
             longest: tokens of a prompt and its answer at the most; None = as many as the model can.
             quota: what each owner of requests keeps, whatever others do; None = fair shares, as far as nobody needs
                 more for a request that runs alone. See `cache/owners.py`.
         """
+        guesses = guesses if guesses is not None else 0 if draft is None else GUESSES
         if running < 1 or step_tokens < running or waiting < 0 or guesses < 0:
             raise UsageError(
                 f"{running} answers of {step_tokens} tokens a step, {waiting} waiting, {guesses} guesses: give "
                 "an answer or more, a token for each, and no number below 0"
             )
         self.model = model
-        self.cache = model.cache(kv, memory=memory)
+        if draft is not None:
+            check_pair(model, draft)
+            if guesses == 0:
+                raise UsageError("a draft and 0 guesses: a draft would have nothing to do; leave one of the two out")
+        guesses = most_guesses(model.spec(kv), guesses)
+        self.cache, self.draft_cache = _caches(model, kv, draft if guesses else None, draft_kv, memory)
+        guesser: Guesser = Lookup(guesses)
+        if draft is not None and self.draft_cache is not None:
+            guesser = Draft(draft, self.draft_cache, model, guesses)
         self._quota = quota
         if quota is not None:
             self.cache.owners.quota = quota.bytes_of(self.cache.budget)
@@ -84,7 +108,7 @@ class Engine:
         self._most_waiting = waiting
         self._numbers, self._closed = itertools.count(), False
         self._lock = threading.Lock()  # of what askers' threads read and write: the loop's jobs, `_closed`
-        scheduler = Scheduler(self.cache, running, step_tokens, Guesses(guesses, self.cache.spec))
+        scheduler = Scheduler(self.cache, running, step_tokens, guesser)
         self._loop = Loop(model, self.cache, scheduler, self._lock)
         self._thread = threading.Thread(target=self._loop.run, name="kvik engine", daemon=True)
         self._thread.start()
@@ -275,3 +299,16 @@ class Engine:
             pages = n * len(group.lanes) * group.page_bytes  # copies of the last page
             held[group.page_bytes] = held.get(group.page_bytes, 0) + most + (n - 1) * max(more, 0) + pages
         return sum(-(-size // arena.slab_bytes) + 1 for size in held.values()) * arena.slab_bytes
+
+
+def _caches(
+    model: Model, kv: str, draft: Model | None, draft_kv: str, memory: int | str | None
+) -> tuple[Cache, Cache | None]:
+    """The model's cache and the draft's, of one budget."""
+    total = parse_bytes(memory, "memory") if isinstance(memory, str) else memory
+    if draft is None:
+        return model.cache(kv, memory=total), None
+    total = device_memory(model.device) // 2 if total is None else total
+    spec, other = model.spec(kv), draft.spec(draft_kv)
+    theirs = share(total, spec, other, min(model.longest(spec), draft.longest(other)))
+    return model.cache(kv, memory=total - theirs), draft.cache(draft_kv, memory=theirs)

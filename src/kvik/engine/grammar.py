@@ -38,6 +38,9 @@ class Grammar(Protocol):
     def take(self, token: int) -> None:
         """This one was chosen; it is no end."""
 
+    def copy(self) -> Grammar:
+        """Another that stands where this one does, and goes its own way."""
+
 
 class Matched:
     """A grammar that llguidance follows. Raises EngineError where it becomes too complex to follow."""
@@ -68,6 +71,10 @@ class Matched:
         """See `Grammar`."""
         self._matcher.consume_token(token)
         self._check()
+
+    def copy(self) -> Matched:
+        """See `Grammar`."""
+        return Matched(self._matcher.deep_copy(), self._own)
 
     def _check(self) -> None:
         if self._matcher.is_error():

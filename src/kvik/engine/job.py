@@ -102,6 +102,8 @@ class Task:
         answer: its tokens so far.
         grammar: what it must follow.
         sequence: holds a beginning of prompt and answer; None while it waits.
+        draft: the same for a model that guesses what comes next (`draft.py`); None where none does.
+        undrafted: that model has no room for it, even alone.
     """
 
     job: Job
@@ -111,6 +113,8 @@ class Task:
     grammar: Grammar | None = None
     answer: list[int] = field(default_factory=list)
     sequence: KVSequence | None = None
+    draft: KVSequence | None = None
+    undrafted: bool = False
     finish: FinishReason | None = None
 
     @property
@@ -129,19 +133,34 @@ class Task:
 
     def take(self, logits: Tensor, model: Model) -> int:
         """Chooses the next token from logits f32 [vocabulary]; it is not in the answer yet."""
+        return self.chosen(logits, model, self.answer, self.grammar)
+
+    def chosen(self, logits: Tensor, model: Model, answer: list[int], grammar: Grammar | None) -> int:
+        """The token that comes after `answer`, at whose end the grammar stands: this answer, or what it may become.
+
+        Raises:
+            EngineError: the grammar can't be followed.
+        """
         request, ends = self.job.request, self.job.ends
-        logits = changed(logits, self.sampling, request.prompt, self.answer)
-        if len(self.answer) < request.min_tokens:
+        logits = changed(logits, self.sampling, request.prompt, answer)
+        if len(answer) < request.min_tokens:
             logits = logits.clone()
             logits[list(ends)] = -torch.inf
         if model.reading is not None:
             began = len(request.prompt)
             logits = model.reading.constraints.apply(
-                logits[None], [self.tokens], began=began, limit=began + self.job.limit, ends=list(ends)
+                logits[None], [[*request.prompt, *answer]], began=began, limit=began + self.job.limit, ends=list(ends)
             )[0]
-        if self.grammar is not None:
-            logits = self.grammar.mask(logits, ends)
-        return choose(logits, self.sampling, len(request.prompt) + len(self.answer))
+        if grammar is not None:
+            logits = grammar.mask(logits, ends)
+        return choose(logits, self.sampling, len(request.prompt) + len(answer))
+
+    def close(self) -> None:
+        """Gives its rows back, the draft's too: the one place where that happens."""
+        for sequence in (self.sequence, self.draft):
+            if sequence is not None:
+                sequence.close()
+        self.sequence = self.draft = None
 
     def add(self, token: int) -> str:
         """One more token of the answer; the text that is certain now."""

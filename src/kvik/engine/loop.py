@@ -135,6 +135,7 @@ class Loop:
             self.counts.cached_tokens += known.cached
 
     def _step(self) -> None:
+        began = time.perf_counter()
         feeds = self.scheduler.plan()
         if not feeds:
             return
@@ -159,7 +160,10 @@ class Loop:
             except EngineError as error:  # its grammar can't be followed
                 self._fail(feed.task.job, error)
         self.counts.steps += 1
-        self.scheduler.pace.saw(time.perf_counter() - started, prompts, mixed)
+        ended = time.perf_counter()
+        self.scheduler.pace.saw(ended - started, prompts, mixed)
+        if not prompts:
+            self.scheduler.guesser.took(ended - began, len(feeds), sum(feed.guesses for feed in feeds))
 
     def _advance(self, feed: Feed, rows: Tensor) -> None:
         """What one answer makes of its logits, f32 [wanted, vocabulary]."""
@@ -183,6 +187,7 @@ class Loop:
             kept = min(len(new) - 1, feed.guesses)
             self.counts.guessed_tokens += feed.guesses
             self.counts.accepted_tokens += kept
+            self.scheduler.guesser.checked(feed.guesses, kept)
             sequence.trim(len(sequence) - feed.guesses + kept)
         try:
             if not Repetition().take(self.model, sequence, watch=None, stopping=lambda: False):
@@ -245,9 +250,7 @@ class Loop:
 
     def _release(self, task: Task) -> None:
         """An answer gives its rows back, and with the last one its job leaves: the one place where that happens."""
-        if task.sequence is not None:
-            task.sequence.close()
-            task.sequence = None
+        task.close()
         if not task.job.live and task.job.number in self.jobs:
             self.scheduler.drop(task.job)
             with self._lock:

@@ -9,12 +9,13 @@ A step with prompts takes at most RATIO times as long as one without: so no answ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvik.cache.cache import Cache
 from kvik.cache.pressure import least
 from kvik.engine.generation import room
+from kvik.engine.guesses import Guesser
 from kvik.engine.job import Job, Task
 
 RATIO = 3.0
@@ -74,13 +75,13 @@ class Scheduler:
     Attributes:
         most_running: answers at once.
         step_tokens: tokens in a step.
-        guess: (task, at most so many) → what may come next; see `engine/guesses.py`.
+        guesser: says what may come next; see `engine/guesses.py`.
     """
 
     cache: Cache
     most_running: int
     step_tokens: int
-    guess: Callable[[Task, int], list[int]] = lambda task, most: []
+    guesser: Guesser = field(default_factory=Guesser)
     waiting: list[Job] = field(default_factory=list)
     running: list[Job] = field(default_factory=list)
     pace: Pace = field(default_factory=Pace)
@@ -103,9 +104,7 @@ class Scheduler:
     def preempt(self, job: Job) -> None:
         """It gives its rows back and waits; what is known of it then, it will find again."""
         for task in job.tasks:
-            if task.sequence is not None:
-                task.sequence.close()
-                task.sequence = None
+            task.close()
         if not any(task.answer for task in job.tasks):
             job.prompt_likely.clear()  # it begins anew
         job.preempted += 1
@@ -146,16 +145,25 @@ class Scheduler:
             for task in job.live:
                 if task.sequence is not None:
                     (going if task.answer and len(task.pending) == 1 else coming).append(task)
-        feeds, left = [], self.step_tokens - len(going)
-        for task in going:
-            assert task.sequence is not None, "it runs"
-            spare = min(room(task.sequence) - 1, task.job.limit - len(task.answer) - 1, left)
-            guessed = self.guess(task, spare) if spare > 0 else []
-            left -= len(guessed)
-            feeds.append(Feed(task, [*task.pending, *guessed], len(guessed), 1 + len(guessed), True))
+        feeds = self._going(going)
+        left = self.step_tokens - sum(len(feed.tokens) for feed in feeds)
         if coming:
             feeds += self._prompts(coming, self.pace.prompt_tokens(max(left, LEAST)) if going else max(left, LEAST))
         return feeds
+
+    def _going(self, tasks: Sequence[Task]) -> list[Feed]:
+        """One token each, and guesses for which there is room."""
+        asks, left = [], self.step_tokens - len(tasks)
+        for task in tasks:
+            assert task.sequence is not None, "it runs"
+            ahead = min(room(task.sequence), task.job.limit - len(task.answer)) - 1
+            asks.append((task, max(min(ahead, self.guesser.most, left), 0)))
+            left -= asks[-1][1]
+        guesses = self.guesser.guess(asks, self.pace.prompt_tokens(self.step_tokens))
+        return [
+            Feed(task, [*task.pending, *guessed], len(guessed), 1 + len(guessed), True)
+            for task, guessed in zip(tasks, guesses, strict=True)
+        ]
 
     def _prompts(self, tasks: Sequence[Task], tokens: int) -> list[Feed]:
         """Chunks of prompts, so many tokens in all."""

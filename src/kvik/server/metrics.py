@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
+    from kvik.cache.cache import Cache
     from kvik.engine.engine import Engine
     from kvik.engine.job import Known
     from kvik.server.records import Record
@@ -116,7 +117,15 @@ class _EngineFigures(Collector):
 
     def collect(self) -> Iterator[Metric]:
         engine, counts, cache = self._engine, self._engine.counts, self._engine.cache
-        books, held, mine = engine.asked(lambda: (cache.books, cache.arena.held, self._tenants.held(cache)))
+        draft = engine.draft_cache
+        books, held, mine, drafts = engine.asked(
+            lambda: (
+                cache.books,
+                cache.arena.held,
+                self._tenants.held(cache),
+                0 if draft is None else draft.arena.held,
+            )
+        )
         pages = GaugeMetricFamily("kvik_cache_pages", "Pages, by what they are", labels=["state"])
         for state, count in (("free", books.free), ("in_use", books.in_use), ("kept", books.kept)):
             pages.add_metric([state], count)
@@ -124,6 +133,11 @@ class _EngineFigures(Collector):
         yield from self._of_tenants(mine, dict(counts.evicted))
         yield GaugeMetricFamily("kvik_cache_budget_bytes", "Bytes that the cache may hold", cache.budget)
         yield GaugeMetricFamily("kvik_cache_held_bytes", "Bytes that it holds", held)
+        if draft is not None:
+            yield GaugeMetricFamily(
+                "kvik_draft_cache_budget_bytes", "Bytes that the draft's cache may hold", draft.budget
+            )
+            yield GaugeMetricFamily("kvik_draft_cache_held_bytes", "Bytes that it holds", drafts)
         yield GaugeMetricFamily("kvik_requests_running", "Requests that run", engine.running)
         yield GaugeMetricFamily("kvik_requests_waiting", "Requests that wait", engine.waiting)
         for name, help, count in (
@@ -176,6 +190,10 @@ class _EngineFigures(Collector):
             yield _labelled(CounterMetricFamily, name, self._name, value)
         facts = {"block_size": str(engine.cache.spec.page_size), "cache_dtype": str(engine.cache.spec), "engine": "0"}
         yield InfoMetricFamily("vllm:cache_config", "The cache's settings", facts)
+
+
+def _held(cache: Cache | None) -> int:
+    return 0 if cache is None else cache.arena.held
 
 
 def _labelled(

@@ -49,4 +49,21 @@ def snapshot(engine: Engine, tenants: Tenants, *, each: bool) -> dict[str, objec
         "sequences": len(sequences),
         "sequence_tokens": sum(len(sequence) for sequence in cache.sequences),
         "each": sequences if each else None,
+        "draft": _draft(engine),
+    }
+
+
+def _draft(engine: Engine) -> dict[str, object] | None:
+    """What a draft's cache holds; None where there is none."""
+    cache = engine.draft_cache
+    if cache is None:
+        return None
+    held = cache.nbytes
+    return {
+        "spec": str(cache.spec),
+        "budget_bytes": cache.budget,
+        "allocated_bytes": held.allocated,
+        "payload_bytes": held.payload,
+        "overhead_bytes": held.overhead,
+        "sequences": len(cache.sequences),
     }
