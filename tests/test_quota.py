@@ -70,7 +70,7 @@ def test_owners_change_no_token(model, quota):
     with Engine(model, "f32", memory=768 << 10, running=8, step_tokens=64, quota=quota) as engine:
         streams = [engine.submit(each) for each in requests]
         assert [told(stream.answers()) for stream in streams] == want
-        assert len(engine.counts.evicted) == 3 and engine.counts.evicted.total() == engine.counts.evicted_pages > 100
+        assert engine.counts.evicted.total() == engine.counts.evicted_pages > 20
         check_books(engine)
 
 
