@@ -161,7 +161,7 @@ def test_a_draft_without_room_goes_without_answers(model, slabs, eager, monkeypa
         assert [told(stream.answers()) for stream in [engine.submit(each) for each in requests]] == want
         check_books(engine)
         assert (engine.counts.guessed_tokens > 0) == (slabs > 0)
-        assert 0 < len(gone) < 40, "who has no room does not try at every step"
+        assert (gone or slabs > 3) and len(gone) < 40, "who has no room does not try at every step"
         assert engine.counts.preemptions == 0, "nobody gives way for a guess"
 
 
