@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -135,6 +136,8 @@ def serve(
                 )
             server = Server(engine, settings, host=host, log_level=uvicorn_log_level)
             server.banner = _banner(engine, settings, host, socket.getsockname()[1], draft)
+            gc.collect()
+            gc.freeze()  # what is loaded stays: collections need not look at it again
             server.run(sockets=[socket])
             if server.interrupted:
                 raise typer.Exit(INTERRUPTED)
