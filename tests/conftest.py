@@ -4,22 +4,36 @@ import io
 import os
 import sys
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
 
 import kvik.cli
+from helpers import BACKENDS
 from kvik.ops import loader
 
 # For the processes that tests start: torch's idle workers give the core back soon. Set before torch loads in them.
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Files that are named run in this process: others would take as long to load torch. Folders: as xdist decides."""
+    return None if any(Path(argument).is_dir() for argument in config.args) else 0
+
+
+def pytest_collection_modifyitems(items):
+    """Files that need real weights first: they take longest, and whoever had one last would be waited for."""
+    heavy = {item.path for item in items if item.get_closest_marker("weights")}
+    items.sort(key=lambda item: item.path not in heavy)
+
+
 settings.register_profile("kvik", derandomize=True, deadline=None)
 settings.load_profile("kvik")
 
 KERNELS = loader.built()
-BACKENDS = ["reference", *(["native"] if KERNELS else [])]
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,12 +1,13 @@
 """Small builders that the cache's tests share."""
 
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
 
 from kvik.cache.cache import Cache
 from kvik.cache.spec import LayerShape, Spec
+from kvik.ops import loader
 from kvik.ops.layout import CODECS
 
 VOCAB, POSITIONS = 50, 8192
@@ -97,6 +98,7 @@ def listening(cache):
     return seen
 
 
+BACKENDS = ("reference", *(["native"] if loader.built() else []))
 KV = (*CODECS, "k8v4", "k:f16,v:int4-row")
 RETAINED = ("", "+window:70", "+window:40,sinks:5")
 PAGES = (16, 32, 64, 128)
@@ -109,17 +111,27 @@ over_pages = pytest.mark.parametrize("page", PAGES)
 
 
 def pairwise(**axes):
-    """Parametrizes over three axes, the longest first: any two values of different axes meet; other triples are slow.
+    """Parametrizes over three axes or four, the longest first: any two values of different axes meet; all else is slow.
 
-    With x of 4, y of 3 and z of 2 values 12 triples are left of 24: z is (number of x + number of y) modulo 2.
+    With w of 4, x of 3, y of 2 and z of 2 values 12 are left of 48: y is (number of w + number of x) modulo 2, and z
+    (half the number of w + number of x) modulo 2.
     """
-    x, y, z = axes.values()
-    assert len(x) >= len(y) >= len(z), "else some two do not meet"
-    triples = [
-        pytest.param(x[i], y[j], z[k], marks=() if (i + j) % len(z) == k else pytest.mark.slow)
-        for i, j, k in product(range(len(x)), range(len(y)), range(len(z)))
+    sizes = [len(values) for values in axes.values()]
+    first, second, third, *fourth = sizes
+    chosen = {
+        (i, j, (i + j) % third, *((i // third + j) % size for size in fourth))
+        for i, j in product(range(first), range(second))
+    }
+    pairs = {(a, at[a], b, at[b]) for at in chosen for a, b in combinations(range(len(sizes)), 2)}
+    assert len(pairs) == sum(a * b for a, b in combinations(sizes, 2)), "else some two do not meet"
+    every = [
+        pytest.param(
+            *(values[k] for values, k in zip(axes.values(), at, strict=True)),
+            marks=() if at in chosen else pytest.mark.slow,
+        )
+        for at in product(*map(range, sizes))
     ]
-    return pytest.mark.parametrize(tuple(axes), triples)
+    return pytest.mark.parametrize(tuple(axes), every, indirect=[name for name in axes if name == "ops"])
 
 
 over_pairs = pairwise(kv=KV, page=PAGES, kept=RETAINED)

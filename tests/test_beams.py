@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import readers
-from helpers import listening
+from helpers import listening, pairwise
 from kvik import events
 from kvik.cache.cache import Cache
 from kvik.engine.beams import Beam, beams
@@ -79,10 +79,11 @@ def some_ends(theirs, given):
     return sorted({likely[0][0][3], likely[1][0][7], likely[3][0][12], 11})
 
 
-SETTINGS = list(product((1.0, 0.0, 2.5, -1.0), (True, False, "never"), (2, 4)))
+PENALTIES, STOPPING, COUNTS = (1.0, 0.0, 2.5, -1.0), (True, False, "never"), (2, 4)
+SETTINGS = list(product(PENALTIES, STOPPING, COUNTS))
 
 
-@pytest.mark.parametrize(("length_penalty", "early_stopping", "count"), SETTINGS)
+@pairwise(length_penalty=PENALTIES, early_stopping=STOPPING, count=COUNTS)
 def test_beams_are_those_of_transformers(pair, length_penalty, early_stopping, count):
     theirs, model = pair
     seed = SETTINGS.index((length_penalty, early_stopping, count))
@@ -103,6 +104,7 @@ def test_texts_really_end_before_the_limit(pair):
     assert min(lengths[0]) < min(lengths[2]) <= NEW and len(set.union(*lengths)) > 3
 
 
+@pytest.mark.parametrize("pair", ["t5", "whisper", "llama"], indirect=True)
 @pytest.mark.parametrize(
     ("options", "constraints", "least"),
     [

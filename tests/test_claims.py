@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import kvik
 from kvik.ops import loader
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -46,8 +45,8 @@ def test_times_that_do_not_grow_carry_no_verdict():
 
 
 @pytest.mark.weights
-def test_all_that_no_clock_decides_is_measured_again():
-    found = claims.exact(kvik.load("smollm2", weights="int4"))
+def test_all_that_no_clock_decides_is_measured_again(smollm2_in):
+    found = claims.exact(smollm2_in("int4"))
     left_out = {"timed"} if loader.native() else {"timed", "weight_bytes", "equal_bytes"}  # torch holds them otherwise
     assert {name: figure for name, figure in found.items() if name not in left_out} == {
         name: figure for name, figure in FIGURES.items() if name not in left_out

@@ -361,12 +361,12 @@ BUDGETS = ["knorm:25%", "knorm:60%,every:24", "keydiff:70rows,every:40", "knorm:
 
 @pytest.mark.parametrize("page", [16, 64])
 @pytest.mark.parametrize("policy", BUDGETS)
-def test_bytes_by_formula_are_those_that_are_held(policy, page, ops):
+def test_bytes_by_formula_are_those_that_are_held(policy, page):
     """At every length, before and after a choice; the most of them is the peak."""
     toy, cache, sequence = opened(f"int8+{policy}", prompt=150, page=page, shares=False)
     most, spec = 0, cache.spec
     for length in range(1, 260):
-        toy.run([(sequence, [length % 40])])
+        toy.fill(sequence, [length % 40])
         unsettled = sequence.nbytes
         assert unsettled == spec.nbytes(length, prompt=150, settled=False)
         sequence.settle()

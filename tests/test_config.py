@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -316,7 +316,6 @@ def test_a_config_survives_json(name):
 JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers()))
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_damaged_config_gives_a_config_or_a_config_error_and_nothing_else(data):
     for parse, base in (

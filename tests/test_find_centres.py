@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 import kvik
 from bench_models import ids, tiny, write_model
-from helpers import sees
 from kvik.cache.centres import Centres
 from kvik.cache.weigh import turned, turns
 from kvik.errors import StorageError
@@ -236,26 +235,19 @@ def test_rows_in_floats_are_not_touched(folder, ops):
     assert not torch.equal(int8, logits(model, "int8"))
 
 
-def check_closer(model, at_most):
-    """int8 keys and float values: the KL divergence from f32 rows, with centres beside without."""
-    tokens = model.tokenizer.encode("\n".join(topics[name] for name in sorted(topics))[20_000:22_000])[:384]
+@pytest.mark.weights
+def test_smollm2_is_closer_to_itself_with_them(smollm2_in, monkeypatch):
+    """int8 rows: the KL divergence from f32 rows, with centres, without, and with centres on the wrong side."""
+    model = smollm2_in("f32")
+    tokens = model.tokenizer.encode("\n".join(topics[name] for name in sorted(topics))[20_000:22_000])[:256]
 
-    def run(kv):
+    def run(kv, centres):
+        monkeypatch.setattr(model, "centres", centres)
         with model.cache(kv, shares=False).open() as sequence:
             return model.run([(sequence, tokens)], every=True).log_softmax(-1)
 
-    want, found = run("f32"), []
-    kept = model.centres
-    for model.centres in (kept, None):
-        found.append((want.exp() * (want - run("int8"))).sum(-1).mean())
-    model.centres = kept
-    assert found[0] <= at_most * found[1], f"{found[0]:.1e} with, {found[1]:.1e} without"
-
-
-@pytest.mark.weights
-def test_smollm2_is_closer_to_itself_with_them():
-    model = kvik.load("smollm2", weights="f32")
-    check_closer(model, 0.8)
-    model.centres = Centres([-layer for layer in model.centres.layers])
-    with sees():
-        check_closer(model, 0.8)
+    found = model.centres
+    want = run("f32", found)
+    given = (found, None, Centres([-layer for layer in found.layers]))
+    right, none, wrong = ((want.exp() * (want - run("int8", centres))).sum(-1).mean() for centres in given)
+    assert right <= 0.8 * none < wrong, f"{right:.1e} with, {none:.1e} without, {wrong:.1e} on the wrong side"

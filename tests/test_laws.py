@@ -10,6 +10,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from helpers import (
+    BACKENDS,
+    KV,
+    PAGES,
+    RETAINED,
     TOY,
     VOCAB,
     Toy,
@@ -66,8 +70,8 @@ def together(cache, toy, batch):
     return [torch.cat(out) for out in outs]
 
 
-@over_pairs
-def test_the_cut_does_not_show(kv, kept, page, ops):
+@pairwise(kv=KV, page=PAGES, kept=RETAINED, ops=BACKENDS)
+def test_the_cut_does_not_show(kv, page, kept, ops):
     check_cut(cache_of(kv, kept, page))
 
 
@@ -160,9 +164,7 @@ def check_free_budget(cache, full):
     assert found[0][2:] == found[1][2:], "books differ"
 
 
-@over_pages
-@over_codecs
-@pytest.mark.parametrize("window", [300, 10_000])
+@pairwise(kv=KV, page=PAGES, window=(300, 10_000), ops=BACKENDS)
 def test_a_budget_that_is_not_reached_changes_nothing(kv, page, window, ops):
     check_free_budget(cache_of(kv, f"+window:{window}", page), cache_of(kv, "", page))
 
@@ -342,8 +344,13 @@ class Logits:
     cut = Toy.cut
 
 
-@pairwise(weights=("f32", "bf16", "int8", "int4"), family=("llama", "gpt2"), kv=("bf16", "int4+window:70,sinks:5"))
-def test_the_cut_does_not_show_in_a_models_logits(family, weights, kv, ops):
+@pairwise(
+    weights=("f32", "bf16", "int8", "int4"),
+    family=("llama", "gpt2"),
+    kv=("bf16", "int4+window:70,sinks:5"),
+    ops=BACKENDS,
+)
+def test_the_cut_does_not_show_in_a_models_logits(weights, family, kv, ops):
     model = tiny(family, weights)
     check_cut(model.cache(kv, memory=8 << 20), Logits(model))
 

@@ -58,7 +58,7 @@ def test_command_runs_as_written(line, tmp_path, kvik_here, loaded_once):
         (tmp_path / "my.txt").write_text(README)
         words = [str(tmp_path / word) if word == "my.txt" else word for word in words] + ["--tokens", "64"]
     if words[0] in ("eval", "tune"):
-        words += ["--documents", "1", "--prefix", "48", "--scored", "2"]
+        words += ["--documents", "1", "--prefix", "48", "--scored", "2", "--weights", "int4"]
         if "--needles" in words:  # minutes
             del words[words.index("--needles") : words.index("--needle-plot") + 2]
         (tmp_path / "my.txt").write_text(README)

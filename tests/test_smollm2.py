@@ -56,11 +56,20 @@ def model_logits(model, kv, text):
         return model.run([(sequence, text)], every=True)
 
 
-@pytest.mark.parametrize(("weights", "kv"), [*(("int4", kv) for kv in CODEC_SPECS), ("f32", "f32")])
-def test_the_cut_cannot_show(smollm2_in, corpus, weights, kv):
-    others = [corpus[i * 700 : i * 700 + length] for i, length in enumerate((3, 90, 17, 41), start=2)]
-    check_cut(smollm2_in(weights), kv, corpus[:130], others, (100, 37))
-    check_cut(smollm2_in(weights), kv, corpus[:10], [other[:12] for other in others], (1,))
+@pytest.fixture(scope="module")
+def others(corpus):
+    return [corpus[i * 700 : i * 700 + length] for i, length in enumerate((3, 90, 17, 41), start=2)]
+
+
+@pytest.mark.parametrize("kv", CODEC_SPECS)
+def test_the_cut_cannot_show(smollm2_in, corpus, others, kv):
+    check_cut(smollm2_in("int4"), kv, corpus[:130], others, (100, 37))
+    check_cut(smollm2_in("int4"), kv, corpus[:10], [other[:12] for other in others], (1,))
+
+
+def test_the_cut_cannot_show_over_f32_weights(smollm2_in, corpus, others):
+    check_cut(smollm2_in("f32"), "f32", corpus[:66], [other[:20] for other in others], (37,))
+    check_cut(smollm2_in("f32"), "f32", corpus[:4], [other[:4] for other in others], (1,))
 
 
 @pytest.mark.slow
@@ -74,17 +83,17 @@ def test_the_cut_of_512_tokens_cannot_show(smollm2_in, corpus, weights, kv):
 
 @pytest.mark.parametrize("kv", ["bf16", "int8+window:100,sinks:4"])
 def test_a_window_and_a_settle_after_every_token_cannot_show(smollm2_in, corpus, kv):
-    check_cut(smollm2_in("int4"), kv, corpus[:300], [corpus[900:930]] * 4, (300, 64, 7))
+    check_cut(smollm2_in("int4"), kv, corpus[:180], [corpus[900:920]] * 4, (64, 7))
 
 
 def test_greedy_text_equals_transformers_and_no_cache(smollm2_in):
-    """4 prompts x 16 tokens here; benchmarks/agreement.py does 20 x 64."""
+    """2 prompts x 16 tokens here; benchmarks/agreement.py does 20 x 64."""
     model = smollm2_in("f32")
-    prompts = [encode_prompt(model, text) for text in agreement.PROMPTS[:4]]
+    prompts = [encode_prompt(model, text) for text in agreement.PROMPTS[:2]]
     want = agreement.transformers_texts(model, prompts, 16)
     assert agreement.kvik_texts(model, prompts, 16, "f32") == want
-    recomputed = Generation(model, Request(prompts[2], 8), None).run()
-    assert recomputed.token_ids == want[2][:8]
+    recomputed = Generation(model, Request(prompts[1], 4), None).run()
+    assert recomputed.token_ids == want[1][:4]
 
 
 def test_six_thousand_tokens_under_a_window_keep_memory_flat(smollm2_in, corpus):

@@ -63,7 +63,8 @@ def test_the_same_sound_twice_is_encoded_once(files, monkeypatch, capsys):
 @pytest.mark.parametrize("ending", ["txt", "srt", "vtt"])
 def test_files_that_are_written(files, monkeypatch, capsys, tmp_path, ending):
     path = tmp_path / f"text.{ending}"
-    assert transcribe(monkeypatch, files, files / "c.wav", "--output", path) == 0
+    sound = "c.wav" if ending == "srt" else "a.wav"  # several windows, or one
+    assert transcribe(monkeypatch, files, files / sound, "--output", path) == 0
     written = path.read_text()
     assert capsys.readouterr().out.split()[0] in written
     assert ("-->" in written) == (ending != "txt") and written.startswith("WEBVTT\n\n") == (ending == "vtt")

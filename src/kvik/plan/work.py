@@ -19,6 +19,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvik.cache.retention import Retention
@@ -103,19 +104,24 @@ class Arithmetic:
             chunk: new tokens of each sequence; none passes a position at which a policy chooses (`cuts`).
             batch: sequences; the weights are read once for all of them.
         """
-        spec = self.spec if cached else self.plain
         chunk = chunk if cached else tokens
         prompt = tokens - chunk if self.prompt is None else self.prompt
         rows = pairs = attention = read = 0
-        for group in spec.groups:
+        for group, readings in self._groups[cached]:
             rows += len(group.lanes) * chunk
-            for lanes, queries in zip(_readings(spec, group), (chunk, 1), strict=True):
+            for lanes, queries in zip(readings, (chunk, 1), strict=True):
                 mine = lanes * self.shared * _pairs(group, tokens, queries, prompt)
                 pairs += mine
                 attention += 2 * mine * (sum(key.width for key in group.layout.keys) + group.layout.value.width)
                 read += lanes * _read(group, tokens, queries, prompt) * group.layout.row_bytes
         products = 2 * (chunk * self.row_weights + self.head_weights)
         return Work(batch * rows, batch * pairs, batch * products, batch * attention, self.read_bytes, batch * read)
+
+    @cached_property
+    def _groups(self) -> dict[bool, list[tuple[Group, tuple[int, int]]]]:
+        """With a cache and without: groups, and how often their lanes are read; counted once for all of a text."""
+        specs = {True: self.spec, False: self.plain}
+        return {cached: [(group, _readings(spec, group)) for group in spec.groups] for cached, spec in specs.items()}
 
     def text(self, tokens: int, *, cached: bool = True, prefill: int = 1) -> Work:
         """All steps of a text: a first one of `prefill` tokens at the most, then one for each further token."""
