@@ -273,8 +273,8 @@ def test_stale_bytes_never_show(kv, kept, ops):
 def test_stale_bytes_of_a_page_that_is_not_blank_are_seen(monkeypatch, plain):
     honest = Arena.take
 
-    def take(self, size, count):
-        pages = honest(self, size, count)
+    def take(self, size, count, *account):
+        pages = honest(self, size, count, *account)
         self.page_class(size).view[torch.from_numpy(pages)] = 0xFF
         return pages
 
