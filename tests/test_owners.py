@@ -6,11 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import TOY, cache_of, listening, make_cache, sees, text
+from helpers import LAYERS, TOY, cache_of, listening, make_cache, sees, text
 from kvik import events
 from kvik.cache import pressure
 from kvik.cache.books import in_use
 from kvik.cache.owners import level
+from kvik.cache.tidying import defragment
 from kvik.errors import BudgetError
 from test_sources import LAYERS as READING
 from test_sources import TOY as READER
@@ -32,6 +33,11 @@ def warm(cache, owner, count, seed, tokens=321, salt=None):
 def grow(sequence, times):
     for at in range(times):
         TOY.fill(sequence, text(96, at))
+
+
+def grow_all(sequences, times):
+    for sequence in sequences:
+        grow(sequence, times)
 
 
 def known(cache, owner, texts, salt=None):
@@ -137,6 +143,33 @@ def test_rows_in_use_leave_no_less_than_a_share_where_it_is_firm(quota):
         grow(greedy, 20)
         assert len(greedy) > length and cache.owners.held()["a"] < share - BLOCK
         cache.check()
+
+
+def test_a_quota_holds_where_pages_have_two_sizes():
+    cache = make_cache("f32; layers 0 heads 1: int8", LAYERS, memory=ROOM)
+    cache.owners.quota, cache.owners.firm = 2 * SLAB, True
+    for at in range(8):
+        warm(cache, "a", 4, seed=2 * at, tokens=200 + 32 * at)
+        warm(cache, "b", 8, seed=2 * at + 1, tokens=100)
+    before, greedy = cache.owners.held()["a"], [cache.open(owner="b") for _ in range(20)]
+    with pytest.raises(BudgetError):
+        grow_all(greedy, 8)
+    assert before > 2 * SLAB > cache.owners.held()["a"] > 2 * SLAB - BLOCK
+    cache.check()
+
+
+def test_pages_keep_their_account_where_they_are_moved():
+    cache = cache_of("f32", memory=ROOM)
+    for at in range(10):
+        for owner in "ab":
+            warm(cache, owner, 2, seed=at + 100 * (owner == "b"), salt=owner)
+    for _ in range(70):
+        pressure.evict(cache, {"a": ROOM})
+    before, pages = cache.owners.held(), [block.pages[0].copy() for block in cache.index]
+    defragment(cache)
+    assert any((new.pages[0] != old).any() for new, old in zip(cache.index, pages, strict=True)), "some were moved"
+    assert cache.owners.held() == before and len(before) == 2
+    cache.check()
 
 
 def test_who_is_over_its_quota_gives_way_to_who_is_not():

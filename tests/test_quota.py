@@ -10,8 +10,10 @@ import readers
 from bench_models import tiny
 from kvik.cache.arena import SLAB
 from kvik.engine.engine import Engine
+from kvik.engine.job import Job
 from kvik.engine.quota import Quota
 from kvik.engine.request import Request
+from kvik.engine.scheduler import Scheduler
 from kvik.errors import BudgetError, UsageError
 from kvik.units import parse_part
 from test_engine import alone, check_books, mixture, told
@@ -50,7 +52,7 @@ def test_a_flood_leaves_anothers_hits_at_its_quota(model, shares, together):
 
         assert ask_again() == [0] * count
         assert ask_again() == [256] * count
-        new = 30 if together else 2
+        new = 16 if together else 2
         flood = [request("b", at, 420, new, apart=apart) for at in range(10 * MEMORY // (420 * TOKEN))]
         if together:
             for stream in [engine.submit(each) for each in flood]:
@@ -114,6 +116,24 @@ def test_a_request_that_fits_only_alone_takes_an_equal_part_but_no_quota(model, 
         kept = engine.asked(engine.cache.owners.held)["a"]
         assert kept == held if quota is HALF else memory // 10 < kept < memory // 2 - SLAB // 2
         check_books(engine)
+
+
+@pytest.mark.parametrize(("owner", "begins"), [("a", False), ("b", True)])
+def test_nobody_begins_beside_others_on_what_is_within_anothers_share(model, owner, begins):
+    """A quarter is kept, two texts of b are half. A third one of b would fit if what is kept were dropped."""
+    cache, opened = model.cache("f32", memory=MEMORY), []
+    for number, who in enumerate((owner, "b", "b")):
+        tokens = prompt(who, number, 680)
+        opened.append(cache.open(tokens, owner=who))
+        model.run([(opened[-1], tokens)])
+        opened[-1].settle()
+    opened[0].close()
+    scheduler = Scheduler(cache, 8, 512)
+    first, third = (Job.of(number, request("b", number, 640), model, 2, print) for number in (8, 9))
+    scheduler.add(third)
+    assert scheduler.next_waiting() is third, "nothing runs: whatever it takes"
+    scheduler.running.append(first)
+    assert (scheduler.next_waiting() is third) == begins
 
 
 def test_a_source_is_on_its_askers_account():

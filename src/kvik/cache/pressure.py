@@ -34,7 +34,7 @@ def make_room(cache: Cache, wanted: Wanted, tables: int = 0) -> None:
     hopeless = least(cache, more, tables, firm=firm) > cache.arena.room(tables)
     tidied = False
     while not cache.arena.fits(pages, tables):
-        if hopeless or not evict(cache, more, tables, firm=firm, tidied=tidied):
+        if hopeless or not evict(cache, more, tables, firm=firm):
             if not (tidied or hopeless):
                 tidied = True
                 defragment(cache)
@@ -60,21 +60,18 @@ def least(cache: Cache, more: Mapping[str, int], tables: int = 0, *, firm: bool)
     return sum(max(used[owner] + more.get(owner, 0), min(size, share)) for owner, size in held.items())
 
 
-def evict(
-    cache: Cache, more: Mapping[str, int] | None = None, tables: int = 0, *, firm: bool = False, tidied: bool = True
-) -> bool:
+def evict(cache: Cache, more: Mapping[str, int] | None = None, tables: int = 0, *, firm: bool = False) -> bool:
     """Drops a block of whoever would hold the most if `more` came; where it has none that can go, of the next.
 
     Args:
         more: bytes by owner.
-        firm: but of nobody who is within its share. Where all are, something of the one who holds the most.
-        tidied: pages were moved together; before that, what is within a share stays even then.
+        firm: but of nobody who is within its share; of the first alone where all are, and pages fill no slabs.
     """
     held = cache.owners.held(more)
     order = sorted(held, key=held.__getitem__, reverse=True)
-    share = cache.owners.share(held, tables) if firm and len(order) > 1 else 0
+    share = cache.owners.share(held, tables) if firm else 0
     over = [owner for owner in order if held[owner] > share]
-    return any(give_way(cache, owner) for owner in over or order[:1] if over or tidied)
+    return any(give_way(cache, owner) for owner in over or order[:1])
 
 
 def give_way(cache: Cache, owner: str) -> bool:
