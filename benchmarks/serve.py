@@ -131,13 +131,14 @@ class Contender:
             raise SystemExit(f"{self.key} wrote {[len(each.times) for each in heard]} tokens, not {tokens}")
         return heard
 
-    def note(self, **figures: float) -> None:
-        """Keeps figures, beside those of other times."""
-        for name, value in figures.items():
-            self.found.setdefault(name, []).append(value)
+    def turn(self, given: Material, told: Callable[[str], None]) -> dict[str, list[float]]:
+        """All parts, one after another. What was found is kept once the turn is whole, and returned."""
+        new: dict[str, list[float]] = {}
 
-    def turn(self, given: Material, told: Callable[[str], None]) -> None:
-        """All parts, one after another."""
+        def note(**figures: float) -> None:
+            for name, value in figures.items():
+                new.setdefault(name, []).append(value)
+
         with self.worker.awake():
             told("wakes")
             self.play([given.wake], 8)
@@ -147,14 +148,17 @@ class Contender:
                 heard = self.play(prompts, ANSWER)
                 used, took = time.process_time() - used, time.perf_counter() - began
                 speed = CLIENTS * ANSWER / (max(h.ended for h in heard) - min(h.sent for h in heard))
-                self.note(**{"later" if at else "first": speed}, clients=used / took)
+                note(**{"later" if at else "first": speed}, clients=used / took)
             for name, prompts in (("known", given.known), ("new", given.new)):
                 told(f"single clients, {name} prefix")
                 for prompt in prompts:
-                    self.note(**{name: first_token(self.play([prompt], 8)[0])})
+                    note(**{name: first_token(self.play([prompt], 8)[0])})
             told("a long prompt comes")
-            self.note(**mixed(self.play(given.streams, ROOM, given.newcomer, BEFORE)))
-        self.found["peak_bytes"] = [self.worker.peak()]
+            note(**mixed(self.play(given.streams, ROOM, given.newcomer, BEFORE)))
+        note(peak_bytes=self.worker.peak())
+        for name, values in new.items():
+            self.found[name] = [*self.found.get(name, ()), *values]
+        return new
 
 
 def first_token(heard: Heard) -> float:
@@ -200,16 +204,16 @@ def measure(contenders: list[Contender], turns: int, texts: Texts) -> None:
         for _ in range(turns):
             given = Material.of(texts)
             for contender in contenders:
-                contender.turn(given, lambda part, c=contender: bar.update(task, description=f"{c.key}: {part}"))
-                last = "  ".join(f"{name} {values[-1]:.4g}" for name, values in contender.found.items())
+                new = contender.turn(given, lambda part, c=contender: bar.update(task, description=f"{c.key}: {part}"))
                 bar.update(task, advance=1)
-                console.print(f"{contender.key}: {last}", highlight=False)
+                last = ", ".join(f"{name} {statistics.median(values):.4g}" for name, values in new.items())
+                console.print(f"{contender.key}: {last}", highlight=False, soft_wrap=True)
 
 
 def joined(old: dict[str, Any], contenders: list[Contender], more: bool) -> dict[str, Any]:
     """What was found, in the place of what was found before of the same contenders, or (`more`) beside it."""
     entries = {entry["key"]: entry for entry in old.get("contenders", ())}
-    for each in contenders:
+    for each in (each for each in contenders if each.found):
         found = dict(each.found)
         if more and each.key in entries:
             before = entries[each.key]["found"]
@@ -257,8 +261,9 @@ def main() -> None:
     options = parser.parse_args()
     python, gguf = workers.installed(options.peers, options.gguf)
     old = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the contenders end with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the contenders end, whole turns are kept
     contenders: list[Contender] = []
+    stopped = False
     if options.rounds:
         import kvik
 
@@ -266,10 +271,14 @@ def main() -> None:
         contenders = chosen(options, texts, python, gguf)
         try:
             measure(contenders, options.rounds, texts)
+        except KeyboardInterrupt:
+            stopped = True
         finally:
             for contender in contenders:
                 contender.worker.end()
     found = joined(old, contenders, options.more)
+    if not found["contenders"]:
+        raise SystemExit("no turn was whole, so nothing was found")
     print(page(found))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -277,6 +286,8 @@ def main() -> None:
         options.page.write_text(into(options.page.read_text(), page(found)))
     if options.plot:
         draw(found, options.plot)
+    if stopped:
+        raise SystemExit(130)
 
 
 if __name__ == "__main__":
