@@ -1,6 +1,6 @@
 """One engine in a process of its own, for `peers.py`: reads a task a line, answers a line, in JSON.
 
-    {"prompt": [ids], "tokens": 32}  →  {"prefill_s": …, "decode_s": …, "peak_bytes": …}
+    {"prompt": [ids], "tokens": 32}  →  {"prefill_s": …, "decode_s": …}
 
 The prompt goes through in one go (prefill, up to the first new token), then `tokens` more follow one by one, always the
 likeliest. Nothing is kept from one task to the next. The first line says that it is ready and with which settings.
@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TextIO
 
 Times = tuple[float, float]
 Run = Callable[[list[int], int], Times]
@@ -135,28 +135,32 @@ def transformers(path: str, setting: str, room: int) -> tuple[Run, str]:
     return chosen, f"transformers {library.__version__}, {fastest}"
 
 
-def peak() -> int:
-    """Bytes that the process held at most."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+def answering(handle: Callable[[dict[str, Any]], dict[str, Any]], said: str, answers: TextIO) -> None:
+    """Says that it is ready, then an answer a line, until stdin ends."""
+    print(json.dumps({"ready": said}), file=answers)
+    for line in sys.stdin:
+        print(json.dumps(handle(json.loads(line))), file=answers)
+
+
+def own_stdout() -> TextIO:
+    """Where answers go; whatever a library prints goes to stderr from now on."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return answers
 
 
 def main() -> None:
     """Until stdin ends."""
     engine, setting, path, room = sys.argv[1:]
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints goes to stderr
-
-    def answer(**figures: Any) -> None:
-        print(json.dumps(figures), file=answers)
-
+    answers = own_stdout()
     engines = {"kvik": kvik, "llama.cpp": llama, "openvino": openvino, "transformers": transformers}
     run, said = engines[engine](path, setting, int(room))
-    answer(ready=said)
-    for line in sys.stdin:
-        task = json.loads(line)
+
+    def handle(task: dict[str, Any]) -> dict[str, Any]:
         prefilled, decoded = run(task["prompt"], task["tokens"])
-        answer(prefill_s=prefilled, decode_s=decoded, peak_bytes=peak())
+        return {"prefill_s": prefilled, "decode_s": decoded}
+
+    answering(handle, said, answers)
 
 
 if __name__ == "__main__":

@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
+import workers
 from rich.console import Console
 from rich.progress import Progress
+from workers import Worker
 
-HERE = Path(__file__).parent
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SETTINGS = ("bf16", "int8", "k8v4", "int4")
 PEERS = (("llama.cpp", "f16"), ("llama.cpp", "q8_0"), ("openvino", "u8"), ("transformers", "dynamic"))
 SLOW = {("llama.cpp", "q8_0"): 4096, ("transformers", "dynamic"): 4096}  # longer texts would take minutes a round
@@ -34,7 +30,7 @@ SLOW = {("llama.cpp", "q8_0"): 4096, ("transformers", "dynamic"): 4096}  # longe
 
 @dataclass
 class Contender:
-    """A process, stopped but while it works."""
+    """An engine with a setting, and what it took."""
 
     engine: str
     setting: str
@@ -43,7 +39,7 @@ class Contender:
     room: int
     said: str = ""
     peak: int = 0
-    process: Any = None
+    worker: Any = None
     prefill: dict[int, list[float]] = field(default_factory=dict)
     decode: dict[int, list[float]] = field(default_factory=dict)
 
@@ -52,40 +48,29 @@ class Contender:
         return f"{self.engine} {self.setting}"
 
     def start(self) -> None:
-        command = [self.python, str(HERE / "contender.py"), self.engine, self.setting, self.gguf, str(self.room)]
-        log = open(f"/tmp/contender-{self.name.replace(' ', '-')}.log", "w")  # noqa: SIM115
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        if self.engine in ("kvik", "transformers"):
-            environment.setdefault("GOMP_SPINCOUNT", "3000")
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
-        self.said = self._answer()["ready"]
-        self._stop()
+        command = [
+            self.python,
+            str(workers.HERE / "contender.py"),
+            self.engine,
+            self.setting,
+            self.gguf,
+            str(self.room),
+        ]
+        self.worker = Worker(self.name, command, workers.TORCH if self.engine in ("kvik", "transformers") else None)
+        self.worker.start()
+        with self.worker.awake():
+            self.said = self.worker.answer()["ready"]
 
     def work(self, context: int, prompt: list[int], tokens: int) -> None:
-        self.process.send_signal(signal.SIGCONT)
-        print(json.dumps({"prompt": prompt, "tokens": tokens}), file=self.process.stdin, flush=True)
-        took = self._answer()
-        self._stop()
-        self.peak = max(self.peak, took["peak_bytes"])
+        with self.worker.awake():
+            took = self.worker.ask(prompt=prompt, tokens=tokens)
+        self.peak = max(self.peak, self.worker.peak())
         self.prefill.setdefault(context, []).append(took["prefill_s"])
         self.decode.setdefault(context, []).append(took["decode_s"] / tokens)
 
     def end(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            self.process.kill()
-            self.process.wait()
-
-    def _stop(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
-
-    def _answer(self) -> dict[str, Any]:
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.name} ended; see /tmp/contender-{self.name.replace(' ', '-')}.log")
-        return dict(json.loads(line))
+        if self.worker is not None:
+            self.worker.end()
 
 
 def measure(contenders: list[Contender], contexts: list[int], tokens: int, rounds: int, ids: list[int]) -> None:
@@ -129,8 +114,7 @@ def figures(contenders: list[Contender], contexts: list[int], options: argparse.
         "contexts": contexts,
         "tokens": options.tokens,
         "rounds": options.rounds,
-        "cpu": next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), ""),
-        "cores": len(os.sched_getaffinity(0)),
+        **workers.machine(),
         "engines": rows,
     }
 
@@ -168,7 +152,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = {"kvik": "#c0392b", "llama.cpp": "#2c6e91", "openvino": "#5a4a8a", "transformers": "#8a8a8a"}
     styles = {"bf16": "-", "int8": "--", "k8v4": "-.", "int4": ":", "q8_0": "--"}
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for axis, key, title in zip(
@@ -178,7 +161,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             lengths = [int(n) for n in e[key]]
             axis.plot(
                 lengths, list(e[key].values()), styles.get(e["setting"], "-"), marker="o", markersize=3.5,
-                color=colours[e["engine"]], label=f"{e['engine']} {e['setting']}",
+                color=workers.COLOURS[e["engine"]], label=f"{e['engine']} {e['setting']}",
             )  # fmt: skip
         axis.set_xscale("log", base=2)
         ticks = [n for n in found["contexts"] if key.startswith("decode") or n >= 512]
@@ -201,20 +184,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kv", default=",".join(SETTINGS))
     parser.add_argument("--without", default="", help="engines to leave out, with commas")
-    parser.add_argument("--peers", type=Path, default=HERE.parent / ".peers")
+    parser.add_argument("--peers", type=Path, default=workers.PEERS)
     parser.add_argument("--gguf", type=Path, help="by default the SmolLM2 beside the engines")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     contexts = [int(n) for n in options.contexts.split(",")]
-    gguf, python = options.gguf or options.peers / GGUF, options.peers / "bin" / "python"
-    if not (python.exists() and gguf.exists()):
-        raise SystemExit(
-            f"{options.peers} has no engines or no model to compare with; run benchmarks/peers_setup first"
-        )
+    python, gguf = workers.installed(options.peers, options.gguf)
     import kvik
 
-    ids = kvik.load(gguf).tokenizer.encode("\n".join(topics[name] for name in sorted(topics)))
+    ids = kvik.load(gguf).tokenizer.encode(workers.text())
     room = max(contexts) + options.tokens
     chosen = [("kvik", kv, sys.executable) for kv in options.kv.split(",")]
     chosen += [(engine, setting, str(python)) for engine, setting in PEERS if engine not in options.without.split(",")]

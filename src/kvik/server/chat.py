@@ -15,7 +15,7 @@ from kvik.server.answers import Head, shown, usage, with_usage
 from kvik.server.bodies import ChatBody, Tool
 from kvik.server.desk import Asked
 from kvik.server.likely import in_chat
-from kvik.server.stream import ALIVE, alive, event
+from kvik.server.stream import ALIVE, event
 
 
 @dataclass
@@ -72,7 +72,7 @@ class ChatAnswer:
         """Events. Raises ProblemError."""
         for index in range(len(self._answers)):
             yield self._chunk(index, {"role": "assistant", "content": ""})
-        async for item in alive(self._asked.updates(), self._asked.desk.settings.keep_alive_s):
+        async for item in self._asked.updates_or_none(self._asked.desk.settings.keep_alive_s):
             if item is None:
                 yield ALIVE
                 continue

@@ -11,7 +11,7 @@ from kvik.server.answers import Head, shown, usage, with_usage
 from kvik.server.bodies import CompletionBody
 from kvik.server.desk import Asked
 from kvik.server.likely import Columns
-from kvik.server.stream import ALIVE, alive, event
+from kvik.server.stream import ALIVE, event
 
 
 @dataclass
@@ -47,7 +47,7 @@ class CompletionAnswer:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Events. Raises ProblemError."""
-        async for item in alive(self._asked.updates(), self._asked.desk.settings.keep_alive_s):
+        async for item in self._asked.updates_or_none(self._asked.desk.settings.keep_alive_s):
             if item is None:
                 yield ALIVE
                 continue

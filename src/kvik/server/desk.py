@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from kvik.server.records import Record, Records
 from kvik.server.settings import Settings
 
 log = logging.getLogger("kvik.server")
+GATHERED = 0.002  # seconds: about what the engine takes to tell all askers of one step
 
 
 @dataclass
@@ -41,33 +43,58 @@ class Asked:
     requests: Sequence[Request]
     deadline: float
     jobs: list[int] = field(default_factory=list)
-    mail: asyncio.Queue[tuple[int, Update]] = field(default_factory=asyncio.Queue)
     closed: bool = False
     _left: int = 0
+    _mail: deque[tuple[int, Update]] = field(default_factory=deque)
+    _waits: asyncio.Future[None] | None = None
     _ahead: list[tuple[int, Update]] = field(default_factory=list)
+
+    def post(self, number: int, update: Update) -> None:
+        """Something came for this request."""
+        self._mail.append((number, update))
+        _wake(self._waits)
 
     async def begin(self, seconds: float) -> bool:
         """Waits for the first update, so long at the most: whether it came. Raises ProblemError."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                self._ahead.append(await self._next())
+        if await self._came(seconds):
+            self._ahead.append(self._next())
         return bool(self._ahead)
 
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
         """(which prompt, what came), until all answers have ended. Raises ProblemError."""
-        while self._left or self._ahead:
-            yield self._ahead.pop(0) if self._ahead else await self._next()
+        async for item in self.updates_or_none(math.inf):
+            if item is not None:
+                yield item
 
-    async def _next(self) -> tuple[int, Update]:
+    async def updates_or_none(self, seconds: float) -> AsyncIterator[tuple[int, Update] | None]:
+        """The same, and None wherever nothing came for so long."""
+        while self._ahead:
+            yield self._ahead.pop(0)
+        while self._left:
+            yield self._next() if await self._came(seconds) else None
+
+    async def _came(self, seconds: float) -> bool:
+        """Waits for an update, so long at the most, and not beyond the deadline: whether there is one. One future and
+        one timer for each wait, since every token of everybody passes here."""
+        if self._mail:
+            return True
+        loop = asyncio.get_running_loop()
+        self._waits = loop.create_future()
+        timer = loop.call_at(min(loop.time() + seconds, self.deadline), _wake, self._waits)
         try:
-            async with asyncio.timeout_at(self.deadline):
-                number, update = await self.mail.get()
-        except TimeoutError:
-            seconds = self.desk.settings.limits.seconds
+            await self._waits
+        finally:
+            timer.cancel()
+            self._waits = None
+        if not self._mail and loop.time() >= self.deadline:
+            longest = self.desk.settings.limits.seconds
             self.close("timeout")
-            raise ProblemError(
-                408, f"the answer took longer than {seconds:g} s; ask for fewer tokens", code="timeout"
-            ) from None
+            raise ProblemError(408, f"the answer took longer than {longest:g} s; ask for fewer tokens", code="timeout")
+        return bool(self._mail)
+
+    def _next(self) -> tuple[int, Update]:
+        """Takes the update that came. Raises ProblemError."""
+        number, update = self._mail.popleft()
         if update.error is not None:
             self.close("error")
             raise ProblemError.of(update.error)
@@ -121,6 +148,8 @@ class Desk:
         self.draining = False
         self._at_once: Counter[str] = Counter()
         self._open: list[Asked] = []
+        self._posted: deque[tuple[Asked, int, Update]] = deque()
+        self._rings = False  # the event loop will look at `_posted`
 
     @property
     def busy(self) -> int:
@@ -171,8 +200,11 @@ class Desk:
         for number, request in enumerate(requests):
 
             def tell(update: Update, number: int = number) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is there to hear it
-                    loop.call_soon_threadsafe(asked.mail.put_nowait, (number, update))
+                self._posted.append((asked, number, update))
+                if not self._rings:
+                    self._rings = True
+                    with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is there to hear it
+                        loop.call_soon_threadsafe(self._gather, loop)
 
             try:
                 asked.jobs.append(self.engine.submit(request, tell).job)
@@ -184,6 +216,20 @@ class Desk:
                 raise problem from None
         return asked
 
+    def _gather(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Hands updates out, those of a step at once: while the engine still tells, each would take its thread's turn
+        (Python has one turn for all threads); a little later it computes without one."""
+        if len(self._open) > 1:
+            loop.call_later(GATHERED, self._hand_out)
+        else:
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        self._rings = False  # before looking: what comes from now on rings again
+        while self._posted:
+            asked, number, update = self._posted.popleft()
+            asked.post(number, update)
+
     def leave(self, asked: Asked) -> None:
         """A request is over."""
         self._open.remove(asked)
@@ -193,6 +239,11 @@ class Desk:
         for asked in self._open:
             for job in asked.jobs:
                 self.engine.abort(job)
+
+
+def _wake(waits: asyncio.Future[None] | None) -> None:
+    if waits is not None and not waits.done():
+        waits.set_result(None)
 
 
 def new_id(prefix: str) -> str:

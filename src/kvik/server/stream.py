@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -112,24 +111,3 @@ async def guarded(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         log.exception("an answer broke off")
         yield event(ProblemError(500, "the server made a mistake; its log says more").body)
     yield DONE
-
-
-async def alive(items: AsyncIterator[_T], seconds: float) -> AsyncIterator[_T | None]:
-    """The items; None wherever none came for so long."""
-    coming = asyncio.ensure_future(anext(items))
-    try:
-        while True:
-            done, _ = await asyncio.wait({coming}, timeout=seconds)
-            if not done:
-                yield None
-                continue
-            try:
-                item = coming.result()
-            except StopAsyncIteration:
-                return
-            yield item
-            coming = asyncio.ensure_future(anext(items))
-    finally:
-        coming.cancel()
-        with contextlib.suppress(asyncio.CancelledError, StopAsyncIteration, ProblemError):
-            await coming
