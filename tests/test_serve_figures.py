@@ -25,7 +25,7 @@ PROMPTS = [list(b"a shared beginning, then one"), list(b"a shared beginning, the
 
 def test_the_page_has_what_was_found():
     assert report.into(PAGE, report.page(FOUND)) == PAGE
-    assert set(report.KEYS) == {entry["key"] for entry in FOUND["contenders"]}
+    assert {"kvik", "kvik serve"} < {entry["key"] for entry in FOUND["contenders"]} <= set(report.KEYS)
 
 
 def contender(key, **found):
