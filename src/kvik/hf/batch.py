@@ -168,7 +168,8 @@ class Batch:
     def _fit(self, batch: int) -> None:
         """Opens sequences for a new batch; one row serves all rows of a larger one."""
         if not self.sequences:
-            self.sequences = [self.cache.open(source=source) for source in self.sources or [None] * batch]
+            sources: Seq[bytes | None] = self.sources or [None] * batch
+            self.sequences = [self.cache.open(source=source) for source in sources]
             self._real = np.zeros((batch, 0), bool)
         elif len(self.sequences) == 1 and batch > 1:
             self.select([0] * batch)

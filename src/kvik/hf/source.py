@@ -250,7 +250,8 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
         for layer in self.cross_attention_cache.layers:
             layer.reset()
         self.cross_attention_cache.select([])
-        self.is_updated = dict.fromkeys(self.is_updated, False)
+        for layer in range(len(self.found.sources)):
+            self.is_updated[layer] = False
 
     def close(self) -> None:
         """See `Cache.close`."""
