@@ -19,7 +19,7 @@ FLOORS = (
     {"cache"},
     {"models"},
     {"engine"},
-    {"plan", "trace", "bench", "hf", "eval", "train"},
+    {"plan", "trace", "bench", "hf", "eval", "fuzz", "train"},
     {"server", "chat", "cli"},
 )
 EXEMPT = {"__init__", "__main__"}  # they name what they offer; everything behind it is loaded when it is used

@@ -52,6 +52,8 @@ def test_command_runs_as_written(line, tmp_path, kvik_here, loaded_once):
         words += ["--tokens", "16", "--rounds", "1", "--batch", "1"]  # the last of an option counts
     if words[:2] == ["bench", "speed"]:
         words += ["--contexts", "8", "--tokens", "1", "--rounds", "1"]
+    if words[0] == "fuzz":
+        words += ["--requests", "4", "--memory", "64MiB"]
     if words[0] == "doctor":
         words.append("--no-measure")
     if words[0] == "heads":
@@ -84,7 +86,7 @@ def test_every_file_that_documents_name_exists():
     for document in ("README.md", "DESIGN.md", "CONTRIBUTING.md", "docs/log.md"):
         text = (ROOT / document).read_text()
         for name in re.findall(
-            r"`((?:ops|cache|models|engine|plan|trace|bench|eval|docs|examples|benchmarks|scripts|tests)/[\w./-]+)`",
+            r"`((?:ops|cache|models|engine|plan|trace|bench|eval|fuzz|docs|examples|benchmarks|scripts|tests)/[\w./-]+)`",
             text,
         ):
             assert (ROOT / name).exists() or (ROOT / "src/kvik" / name).exists(), f"{document} names {name}"

@@ -336,8 +336,8 @@ def test_a_snapshot_adds_up(server):
 
 def test_figures_for_prometheus(model):
     with serving(model, vllm_names=True) as server:
-        server.send("/v1/completions", {"prompt": "x" * 70, "max_tokens": 3})
-        server.send("/v1/completions", {"prompt": "x" * 70, "max_tokens": 3})
+        server.send("/v1/completions", {"prompt": "x" * 70, "max_tokens": 3, "ignore_eos": True})
+        server.send("/v1/completions", {"prompt": "x" * 70, "max_tokens": 3, "ignore_eos": True})
         status, headers, text = server.send("/metrics")
         lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert status == 200 and headers["content-type"].startswith("text/plain")

@@ -16,6 +16,7 @@ import heapq
 import mmap
 import platform
 import sys
+from collections import Counter
 
 import numpy as np
 import torch
@@ -196,10 +197,10 @@ class Arena:
 
     def _count(self, owner: PageClass, pages: Pages, sign: int) -> None:
         """Pages come to their accounts, or leave them."""
-        for account, count in zip(*np.unique(owner.accounts[pages], return_counts=True), strict=True):
-            left = self.accounts.pop(int(account), 0) + sign * int(count) * owner.page_bytes
+        for account, count in Counter(owner.accounts[pages].tolist()).items():
+            left = self.accounts.pop(account, 0) + sign * count * owner.page_bytes
             if left:
-                self.accounts[int(account)] = left
+                self.accounts[account] = left
 
     def _free(self, owner: PageClass, freed: Pages) -> None:
         for slab in np.unique(freed * owner.page_bytes // self.slab_bytes).tolist():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -245,10 +244,11 @@ class Cache:
             raise SequenceError("another step is open on this cache; steps follow one another")
         size = self.spec.page_size
         plan: list[tuple[Table, range, bool, int]] = []
-        wanted: dict[str, Counter[int]] = {}
+        wanted: dict[str, dict[int, int]] = {}
         tables = 0
         for sequence, chunk in zip(step.sequences, step.chunks, strict=True):
             start, stop = len(sequence), len(sequence) + len(chunk)
+            mine = wanted.setdefault(sequence.owner, {})
             for table in sequence.tables:
                 if table.group.source:
                     continue
@@ -257,7 +257,7 @@ class Cache:
                 shared = start % size != 0 and bool((refs[table.pages[:, -1]] > 1).any())
                 plan.append((table, fresh, shared, start % size))
                 count = len(table.group.lanes) * (len(fresh) + shared)
-                wanted.setdefault(sequence.owner, Counter())[table.group.page_bytes] += count
+                mine[table.group.page_bytes] = mine.get(table.group.page_bytes, 0) + count
                 columns = len(table.logical)
                 tables += table.group.table_bytes(columns + len(fresh)) - table.group.table_bytes(columns)
         self.make_room(wanted, tables)

@@ -49,10 +49,12 @@ def compress(cache: Cache, sequence: Sequence, table: Table, observed: Observed)
     open_from = tokens - tokens % size
     keep = (keep | (positions >= open_from)) & (positions >= 0)
     gone = int((positions >= 0).sum() - keep.sum())
-    mass = None if observed.mass is None else observed.mass.gather(1, _places(table, positions))
+    places = _places(table, positions)
     if gone:
         _compact(cache, sequence, table, keep & (positions < open_from), positions)
-        observed.mass = None if mass is None else _moved(mass, table, keep, positions, open_from)
+        observed.moved(
+            lambda lanes, mass: _moved(mass.gather(1, places[lanes]), table, keep[lanes], positions[lanes], open_from)
+        )
     observed.done()
     return gone
 
@@ -98,8 +100,8 @@ def _seen(
     streams = {n: x.cpu() for n, x in decoded(cache, sequence.tables.index(table), lanes, slots).items()}
     keys = torch.cat([streams[stream.name] for stream in group.layout.keys], dim=-1)
     values = streams[group.layout.value.name]
-    queries = observed.queries(layer)
-    mass = None if observed.mass is None else observed.mass[lanes].gather(1, _places(table, positions))
+    queries, received = observed.queries(layer), observed.mass
+    mass = None if received is None else received[lanes].gather(1, _places(table, positions))
     at = torch.from_numpy(positions.copy())
     return Seen(
         keys=keys,

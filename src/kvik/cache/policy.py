@@ -171,6 +171,13 @@ class Policy:
         """
         return self.trigger.latest(position, prompt) == position and held_rows > self.budget_at(position)
 
+    def first(self, prompt: int) -> int | None:
+        """The first position at which rows are dropped; None = none up to the prompt's end, that end aside."""
+        if self.trigger.when is not When.FULL:
+            return None
+        at = self.trigger.next(int(self.budget.amount), prompt)
+        return at if at is not None and at <= prompt else None
+
     def next_trigger(self, position: int, prompt: int | None, page_size: int) -> int | None:
         """The first position after `position` at which rows may be dropped: a chunk must not reach beyond it.
         None = there is none.

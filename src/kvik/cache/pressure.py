@@ -7,7 +7,6 @@ that can never fit empties nothing.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -24,9 +23,8 @@ if TYPE_CHECKING:
 
 def make_room(cache: Cache, wanted: Wanted, tables: int = 0) -> None:
     """Evicts unreferenced blocks until the pages fit; moves pages together before it gives up."""
-    pages = Counter[int]()
-    for each in wanted.values():
-        pages.update(each)
+    sizes = {size for each in wanted.values() for size in each}
+    pages = {size: sum(each.get(size, 0) for each in wanted.values()) for size in sizes}
     if cache.arena.fits(pages, tables):
         return
     more = {owner: sum(size * count for size, count in each.items()) for owner, each in wanted.items()}

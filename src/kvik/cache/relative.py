@@ -127,12 +127,14 @@ class Relative:
         bias: Tensor | None = None,
         want_lse: bool = False,
         want_mass: bool = False,
+        masses: tuple[Tensor, ...] | None = None,
     ) -> Partial:
         """See `ops.reads.Plan.attend`.
 
         Raises:
             SpecError: there is a bias: it goes by distance, and sinks would get that of their true one.
         """
+        assert masses is None, "no policy looks on beside a mask"
         if bias is not None:
             raise SpecError(
                 "relative positions can't be had beside a bias by distance: sinks would get that of their true one; "

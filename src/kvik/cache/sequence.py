@@ -322,7 +322,7 @@ class Sequence:
         for observed in self._observed:
             if length in (len(self.tokens), self._settled):  # what is pending goes as a whole
                 break
-            if observed is not None and observed.mass is not None:
+            if observed is not None and observed.adds:
                 raise SequenceError(
                     f"trim to {length}: under {observed.policy} every query has left its mark on the rows before it, "
                     "which can't be taken back; open a new sequence"

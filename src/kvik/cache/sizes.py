@@ -75,8 +75,8 @@ def _chosen(group: Group, tokens: int, prompt: int) -> int | None:
     return None if fired is None or group.rows(fired, prompt) == fired else fired
 
 
-def peak(spec: Spec, tokens: int, prompt: int | None = None) -> Bytes:
-    """See `Spec.peak`."""
+def moments(spec: Spec, tokens: int, prompt: int | None = None) -> set[tuple[int, bool]]:
+    """(length, whether it has settled) of one sequence on its way to `tokens` tokens, when it may hold the most."""
     prompt, size = tokens if prompt is None else prompt, spec.page_size
     times = {tokens, tokens - (tokens - 1) % size, min(prompt, tokens)}
     for policy in (group.retention.policy for group in spec.groups):
@@ -84,6 +84,10 @@ def peak(spec: Spec, tokens: int, prompt: int | None = None) -> Bytes:
         if policy is not None and last is not None:  # and those before, until they lie alike in their pages
             every = policy.trigger.every or size
             times |= {last - back * every for back in range(size // gcd(every, size))}
-    ways = [(at, settled) for at in times if at > 0 for settled in (False, True)]
-    found = [spec.nbytes(at, prompt=prompt, settled=settled) for at, settled in ways]
+    return {(at, settled) for at in times if at > 0 for settled in (False, True)}
+
+
+def peak(spec: Spec, tokens: int, prompt: int | None = None) -> Bytes:
+    """See `Spec.peak`."""
+    found = [spec.nbytes(at, prompt=prompt, settled=settled) for at, settled in moments(spec, tokens, prompt)]
     return max(found, key=lambda size: size.allocated, default=Bytes(0, 0))

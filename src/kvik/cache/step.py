@@ -11,6 +11,7 @@ with cache.step([(a, [5, 9]), (b, [7])]) as step:      # pages are reserved, or 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -132,15 +133,19 @@ class Step:
         owner = self.check_reading(layer)
         results = []
         for part, mine in heads_of(self.cache.parts[layer], q.shape[1]):
-            asked, seen = q if mine is None else q[:, mine], part.group in self._observers
-            found = self._plans[part.group].attend(
-                part.lanes, asked, scale=scale, softcap=softcap,
-                bias=bias if mine is None or bias is None else bias[mine],
-                want_lse=want_lse, want_mass=want_mass or (seen and self._observers[part.group]),
+            asked = q if mine is None else q[:, mine]
+            ask = partial(
+                self._plans[part.group].attend, part.lanes, asked, scale=scale, softcap=softcap,
+                bias=bias if mine is None or bias is None else bias[mine], want_lse=want_lse,
             )  # fmt: skip
-            if seen:
-                self._show(owner, layer, part, asked, scale, found)
-            results.append((mine, found if want_mass else Partial(found.out, found.lse)))
+            if part.group not in self._observers or (layer, part.group) in self._shown:
+                results.append((mine, ask(want_mass=want_mass)))
+                continue
+            masses = self._so_far(layer, part, q) if self._observers[part.group] else None
+            found = ask(masses=masses)
+            self._show(owner, layer, part, asked, scale, found)
+            own = ask(want_mass=True).mass if want_mass else None  # of this step alone
+            results.append((mine, Partial(found.out, found.lse, own)))
         return joined(results, q.shape[1])
 
     def only(self, rows: Seq[int]) -> Some | None:
@@ -190,14 +195,24 @@ class Step:
         for sequence, chunk in zip(self.sequences, self.chunks, strict=True):
             for group, observed in enumerate(sequence._observed):
                 if observed is not None and observed.wants(len(sequence) + len(chunk), sequence.next_trigger):
-                    found[group] = observed.mass is not None
+                    found[group] = observed.adds
         return found
+
+    def _so_far(self, layer: int, part: Part, q: Tensor) -> tuple[Tensor, ...]:
+        """What each sequence's slots have received from a layer until this step, to be added to."""
+        found, size = list[Tensor](), self.cache.spec.page_size
+        for sequence in self.sequences:
+            table, observed = sequence.tables[part.group], sequence._observed[part.group]
+            columns = len(table.logical) + (0 if table.kept is None else table.kept.pages.shape[1])
+            mass = q.new_zeros((part.lanes.stop - part.lanes.start, columns * size))
+            if observed is not None:
+                mass = observed.so_far(layer, part.lanes, columns * size).to(q.device)
+            found.append(mass)
+        return tuple(found)
 
     def _show(self, owner: int, layer: int, part: Part, q: Tensor, scale: float, found: Partial) -> None:
         """Lets the policies of a group see their sequences' queries, and what these gave to rows: the first time that a
         layer attends. Whoever asks again only looks (`bench/counting.py`)."""
-        if (layer, part.group) in self._shown:
-            return
         self._shown.add((layer, part.group))
         first = 0
         for index, (sequence, chunk) in enumerate(zip(self.sequences, self.chunks, strict=True)):

@@ -17,6 +17,7 @@ from kvik.cli import (
     compare,
     doctor,
     eval,
+    fuzz,
     heads,
     plan,
     run,
@@ -31,7 +32,7 @@ from kvik.cli.common import INTERRUPTED, app
 from kvik.errors import KvikError
 
 __all__ = [
-    "app", "bench", "compare", "doctor", "eval", "heads", "main", "plan", "run", "serve", "trace", "train",
+    "app", "bench", "compare", "doctor", "eval", "fuzz", "heads", "main", "plan", "run", "serve", "trace", "train",
     "transcribe", "translate", "tune",
 ]  # fmt: skip
 

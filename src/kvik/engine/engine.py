@@ -22,18 +22,18 @@ from typing import Any
 
 from kvik.cache.arena import device_memory
 from kvik.cache.cache import Cache
-from kvik.cache.sizes import group_bytes
 from kvik.engine.answers import Answer, Stream
 from kvik.engine.draft import Draft, check_pair, share
 from kvik.engine.generation import encode_prompt
 from kvik.engine.guesses import Guesser, most_guesses
-from kvik.engine.job import Job, Update
+from kvik.engine.job import Job, Stage, Update
 from kvik.engine.lookup import Lookup
 from kvik.engine.loop import Counts, Loop
+from kvik.engine.needs import most_bytes
 from kvik.engine.quota import Quota
 from kvik.engine.request import Request
 from kvik.engine.sampling import Sampling
-from kvik.engine.scheduler import Scheduler
+from kvik.engine.scheduler import Pace, Scheduler
 from kvik.errors import BudgetError, ContextError, EngineError, QueueError, UsageError
 from kvik.models.model import Model
 from kvik.units import parse_bytes
@@ -65,6 +65,7 @@ class Engine:
         draft_kv: str = "int8",
         longest: int | None = None,
         quota: Quota | None = None,
+        pace: Pace | None = None,
     ) -> None:
         """
         Args:
@@ -83,6 +84,7 @@ class Engine:
             longest: tokens of a prompt and its answer at the most; None = as many as the model can.
             quota: what each owner of requests keeps, whatever others do; None = fair shares, as far as nobody needs
                 more for a request that runs alone. See `cache/owners.py`.
+            pace: how many prompt tokens a step may have beside answers; None = by the time that steps take.
         """
         guesses = guesses if guesses is not None else 0 if draft is None else GUESSES
         if running < 1 or step_tokens < running or waiting < 0 or guesses < 0:
@@ -108,7 +110,7 @@ class Engine:
         self._most_waiting = waiting
         self._numbers, self._closed = itertools.count(), False
         self._lock = threading.Lock()  # of what askers' threads read and write: the loop's jobs, `_closed`
-        scheduler = Scheduler(self.cache, running, step_tokens, guesser)
+        scheduler = Scheduler(self.cache, running, step_tokens, guesser, pace=Pace() if pace is None else pace)
         self._loop = Loop(model, self.cache, scheduler, self._lock)
         self._thread = threading.Thread(target=self._loop.run, name="kvik engine", daemon=True)
         self._thread.start()
@@ -209,6 +211,8 @@ class Engine:
         Raises:
             EngineError: the engine is closed, or has broken.
         """
+        if threading.current_thread() is self._thread:
+            return what()
         mail: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
         def look() -> None:
@@ -226,6 +230,23 @@ class Engine:
                 return found
             if not self._thread.is_alive() and mail.empty():
                 raise EngineError("the engine has broken down or was closed; nobody can look at its cache")
+
+    def after_steps(self, listener: Callable[[], None]) -> None:
+        """Calls a function in the engine's thread after every step from now on. It may submit and abort; it must be
+        quick and not raise."""
+        self._loop.inbox.put(lambda: self._loop.listeners.append(listener))
+
+    def stage(self, job: int) -> Stage | None:
+        """Where a request is; None = over. Exact in the engine's thread (`asked`, `after_steps`)."""
+        return self._loop.stage(job)
+
+    def check(self) -> None:
+        """Conservation (law 5), and where nobody asks for anything, that nothing is left of those who did.
+
+        Raises:
+            AssertionError: names what does not add up. It would be a bug of kvik.
+        """
+        self.asked(self._loop.check)
 
     @property
     def counts(self) -> Counts:
@@ -246,6 +267,11 @@ class Engine:
     def waiting(self) -> int:
         """Requests that wait."""
         return max(len(self._loop.jobs) - self.running, 0)
+
+    def needs(self, request: Request) -> int:
+        """Bytes of the cache that a request takes at the most; one that needs more than the budget is refused."""
+        room = max(self.longest - len(request.prompt), 1)
+        return self._alone(len(request.prompt), min(request.max_tokens or room, room), request.n)
 
     def _request(self, prompt: str | Sequence[int], raw: bool, options: dict[str, Any]) -> Request:
         ids = encode_prompt(self.model, prompt, raw=raw) if isinstance(prompt, str) else list(prompt)
@@ -285,20 +311,7 @@ class Engine:
 
     def _alone(self, prompt: int, limit: int, n: int) -> int:
         """Bytes, in whole slabs, that a request takes at the most."""
-        spec, arena = self.cache.spec, self.cache.arena
-        held: dict[int, int] = {}
-        for group in spec.groups:
-            if group.source:
-                continue
-            most = max(
-                group_bytes(group, at, min(prompt, at), settled=settled).allocated
-                for at in {prompt, prompt + limit}
-                for settled in (False, True)
-            )
-            more = most - group_bytes(group, prompt, settled=False).allocated if n > 1 else 0
-            pages = n * len(group.lanes) * group.page_bytes  # copies of the last page
-            held[group.page_bytes] = held.get(group.page_bytes, 0) + most + (n - 1) * max(more, 0) + pages
-        return sum(-(-size // arena.slab_bytes) + 1 for size in held.values()) * arena.slab_bytes
+        return most_bytes(self.model, self.cache, prompt, limit, n, self._loop.scheduler.step_tokens)
 
 
 def _caches(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from kvik.errors import KvikError
 
 if TYPE_CHECKING:
     from kvik.models.model import Model
+
+
+Stage = Literal["queued", "prompt", "answer", "preempted"]  # of a request that is not over
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,11 @@ class Job:
     def order(self) -> tuple[int, int]:
         """Who goes first: the lowest."""
         return self.request.priority, self.number
+
+    @property
+    def begun(self) -> bool:
+        """Whether any answer has a token."""
+        return any(task.answer for task in self.tasks)
 
     @property
     def live(self) -> list[Task]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kvik import events
 from kvik.cache.cache import Cache
-from kvik.engine.job import Job, Known, Likely, Task, Update
+from kvik.engine.job import Job, Known, Likely, Stage, Task, Update
 from kvik.engine.reread import Repetition
 from kvik.engine.scheduler import Feed, Scheduler
 from kvik.errors import BudgetError, EngineError, KvikError
@@ -61,6 +61,7 @@ class Loop:
         counts: what was done so far.
         inbox: what to do between two steps; None = end.
         broken: what went wrong, if anything did.
+        listeners: called after every step.
     """
 
     def __init__(self, model: Model, cache: Cache, scheduler: Scheduler, lock: threading.Lock) -> None:
@@ -69,6 +70,7 @@ class Loop:
         self.counts = Counts()
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.broken: BaseException | None = None
+        self.listeners: list[Callable[[], None]] = []
         self._lock = lock
         cache.listen(self._heard)
 
@@ -79,6 +81,8 @@ class Loop:
                 while self._heed():
                     self._admit()
                     self._step()
+                    for listener in self.listeners:
+                        listener()
         except BaseException as error:
             with self._lock:  # no request comes in behind the last look at `jobs`
                 self.broken = error
@@ -107,8 +111,7 @@ class Loop:
         while (job := self.scheduler.next_waiting()) is not None:
             self.scheduler.begin(job)
             try:
-                for task in job.live if any(task.answer for task in job.tasks) else job.tasks[:1]:
-                    self._open(task)
+                self._open(job.live[0])  # the others fork off where the prompt ends
             except BudgetError as error:  # it waits itself: who has no sequence would never be in a step
                 self._squeeze(error, job)
                 return
@@ -119,9 +122,10 @@ class Loop:
         """Gives an answer a sequence that knows what can be found of it."""
         request, job = task.job.request, task.job
         self._stand_firm()
-        every = request.prompt_logprobs is not None and not task.answer  # cached rows hold no logits
+        every = request.prompt_logprobs is not None and not job.begun  # cached rows hold no logits
         policies = any(group.retention.policy is not None for group in self.cache.spec.groups)
-        text = list(request.prompt) if policies else task.tokens  # a policy chooses at the prompt's own end
+        # A policy chooses at the prompt's own end, and other answers fork there.
+        text = list(request.prompt) if policies or len(job.live) > 1 else task.tokens
         source, owner = None, request.owner
         if request.source is not None:
             source = self.model.fill(self.cache, request.source, request.salt, owner)
@@ -190,17 +194,18 @@ class Loop:
             self.scheduler.guesser.checked(feed.guesses, kept)
             sequence.trim(len(sequence) - feed.guesses + kept)
         try:
-            if not Repetition().take(self.model, sequence, watch=None, stopping=lambda: False):
+            if not Repetition(shrinks=False).take(self.model, sequence, watch=None, stopping=lambda: False):
                 raise AssertionError("nothing stops it")
             sequence.settle()
         except BudgetError as error:  # its rows go; what was chosen stands, and the rest is computed again
             self._tell(task, text, new, likely)
-            self._squeeze(error, task.job)
+            if task.job.live:
+                self._squeeze(error, task.job)
             return
         except KvikError as error:
             self._fail(task.job, error)
             return
-        if new and len(task.answer) == len(new) and task.number == 0:
+        if len(sequence) == len(task.job.request.prompt):
             self._fan_out(task, rows[-1])
         self._tell(task, text, new, likely)
 
@@ -208,7 +213,7 @@ class Loop:
         """Log-probabilities of the prompt's tokens that a chunk's logits speak of: each of the next one."""
         request, sequence = feed.task.job.request, feed.task.sequence
         assert sequence is not None, "it was in the step"
-        if request.prompt_logprobs is None or feed.wanted != len(feed.tokens) or feed.guesses or feed.task.answer:
+        if request.prompt_logprobs is None or feed.task.job.begun:
             return
         start = len(sequence) - len(feed.tokens)
         for offset, row in enumerate(rows):
@@ -217,19 +222,22 @@ class Loop:
                 feed.task.job.prompt_likely.append(Likely.of(row, token, request.prompt_logprobs))
 
     def _fan_out(self, leader: Task, logits: Tensor) -> None:
-        """The job's other answers begin where the prompt ends: as forks, each with a first token of its own."""
+        """The job's other answers go on where the prompt ends, as forks: each from its own tokens, or, where it has
+        none yet, with a first one."""
         assert leader.sequence is not None, "it runs"
-        for task in leader.job.tasks[1:]:
+        others = [task for task in leader.job.live if task.sequence is None]
+        for task in others:
             try:
                 task.sequence = leader.sequence.fork()
             except BudgetError as error:
                 self._squeeze(error, leader.job)
                 return
-        for task in leader.job.tasks[1:]:
-            token = task.take(logits, self.model)
-            count = task.job.request.logprobs
-            likely = [] if count is None else [Likely.of(logits, token, count)]
-            self._tell(task, task.add(token), [token], likely)
+        for task in others:
+            if not task.answer:
+                token = task.take(logits, self.model)
+                count = task.job.request.logprobs
+                likely = [] if count is None else [Likely.of(logits, token, count)]
+                self._tell(task, task.add(token), [token], likely)
 
     def _tell(self, task: Task, text: str, new: Sequence[int], likely: Sequence[Likely]) -> None:
         """Sends what is new, and ends what has ended."""
@@ -289,6 +297,23 @@ class Loop:
             return
         self.counts.preemptions += 1
         self.scheduler.preempt(self.scheduler.youngest if job is None else job)
+
+    def stage(self, number: int) -> Stage | None:
+        """See `Engine.stage`."""
+        job = self.jobs.get(number)
+        if job is None:
+            return None
+        if job in self.scheduler.running:
+            return "answer" if job.begun else "prompt"
+        return "preempted" if job.preempted else "queued"
+
+    def check(self) -> None:
+        """See `Engine.check`."""
+        self.cache.check()
+        open_now = {id(task.sequence) for job in self.jobs.values() for task in job.tasks if task.sequence is not None}
+        assert {id(sequence) for sequence in self.cache.sequences} == open_now, "a sequence is nobody's"
+        assert self.jobs or not (self.scheduler.waiting or self.scheduler.running), "a job is left that is over"
+        self.scheduler.check()
 
     def _heard(self, event: events.Event) -> None:
         if isinstance(event, events.Evicted):

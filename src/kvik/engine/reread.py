@@ -52,6 +52,14 @@ class Pass(Protocol):
 class Repetition:
     """The pass that answers use: the model repeats the text."""
 
+    def __init__(self, *, shrinks: bool = True) -> None:
+        """
+        Args:
+            shrinks: little memory makes the parts shorter that are repeated at once. Rows are weighed against those of
+                their part, so that others may stay then.
+        """
+        self._shrinks = shrinks
+
     def check(self, model: Model, sequence: KVSequence, at: int) -> None:
         """See `Pass`.
 
@@ -79,7 +87,7 @@ class Repetition:
 
         Raises:
             ContextError, SpecError: as `check`.
-            BudgetError: not even a short part has room; nothing changed.
+            BudgetError: not even a short part has room, or no part may be shorter for that; nothing changed.
         """
         asking, end = sequence.asking(), len(sequence)
         if not asking:
@@ -95,6 +103,8 @@ class Repetition:
                     if not _repeat(model, fork, heard, watch, stopping):
                         return False
                 except BudgetError as error:
+                    if not self._shrinks:
+                        raise
                     if most <= LEAST:
                         raise BudgetError(
                             f"{next(iter(asking.values()))} lets the model repeat the text, {LEAST} tokens at once at "
@@ -110,6 +120,11 @@ class Repetition:
         for group, parts in found.items():
             sequence.remember(group, torch.cat(parts, dim=1), first)
         return True
+
+
+def pass_tokens(model: Model, text: int) -> int:
+    """The most tokens that a pass over a text of so many appends at once."""
+    return _lead_most(model) + min(text, CHUNK)
 
 
 def refuse_foresight(policy: Policy) -> None:

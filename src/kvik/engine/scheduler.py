@@ -101,11 +101,15 @@ class Scheduler:
             if job in jobs:
                 jobs.remove(job)
 
+    def check(self) -> None:
+        """Nothing is kept of who is over. Raises AssertionError."""
+        assert self._keys.keys() <= {job.number for job in (*self.waiting, *self.running)}, "keys of a job that is over"
+
     def preempt(self, job: Job) -> None:
         """It gives its rows back and waits; what is known of it then, it will find again."""
         for task in job.tasks:
             task.close()
-        if not any(task.answer for task in job.tasks):
+        if not job.begun:
             job.prompt_likely.clear()  # it begins anew
         job.preempted += 1
         self.running.remove(job)
@@ -129,7 +133,8 @@ class Scheduler:
             known, keys = self._known(job)
             if coming and known < len(keys) and keys[known] in coming:
                 continue
-            return job if len(job.live) <= free and self._fits(job, known) else None
+            room = len(job.live) <= free or not self.running  # one with more answers than may run at once runs alone
+            return job if room and self._fits(job, known) else None
         return None
 
     def begin(self, job: Job) -> None:
@@ -181,8 +186,11 @@ class Scheduler:
 
     def _chunk(self, task: Task, most: int) -> Feed | None:
         assert task.sequence is not None, "it runs"
-        every = task.job.request.prompt_logprobs is not None and task.number == 0 and not task.answer
-        pending, most = task.pending, min(most, room(task.sequence), _EVERY if every else most)
+        job, pending = task.job, task.pending
+        every = job.request.prompt_logprobs is not None and not job.begun
+        most = min(most, room(task.sequence), _EVERY if every else most)
+        if any(each.sequence is None for each in job.live):  # others fork off where the prompt ends
+            most = min(most, len(job.request.prompt) - len(task.sequence))
         tokens = pending[: max(most, 0)]
         if not tokens:
             return None
@@ -202,9 +210,9 @@ class Scheduler:
         """Keys of pages that running jobs will publish before they answer."""
         found: set[bytes] = set()
         for job in self.running:
-            task = job.tasks[0]
-            if task.sequence is not None and len(task.sequence) < len(job.request.prompt):
-                found.update(self._known(job)[1][len(task.sequence) // self.cache.spec.page_size :])
+            sequence = next((task.sequence for task in job.tasks if task.sequence is not None), None)
+            if sequence is not None and len(sequence) < len(job.request.prompt):
+                found.update(self._known(job)[1][len(sequence) // self.cache.spec.page_size :])
         return found
 
     def _fits(self, job: Job, known: int) -> bool:

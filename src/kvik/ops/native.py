@@ -77,6 +77,7 @@ class Plan:
         bias: Tensor | None = None,
         want_lse: bool = False,
         want_mass: bool = False,
+        masses: tuple[Tensor, ...] | None = None,
     ) -> Partial:
         """See `ops.reads.Plan.attend`."""
         self._reads.check(softcap)
@@ -89,10 +90,10 @@ class Plan:
         out = torch.empty((tokens, heads, self._value.width))
         lse = torch.empty((tokens, heads)) if want_lse else None
         at, reach = 0, 0
-        masses: tuple[Tensor, ...] | None = None
-        if want_mass:
-            size = self._reads.page_size
-            masses = tuple(torch.zeros((count, member.columns * size)) for member in self._reads.members)
+        if want_mass or masses is not None:
+            slots = [(count, member.columns * self._reads.page_size) for member in self._reads.members]
+            masses = tuple(torch.zeros(shape) for shape in slots) if masses is None else masses
+            assert all(_is_mass(mass, shape) for mass, shape in zip(masses, slots, strict=True)), "a mass for each slot"
             lse = torch.empty((tokens, heads))
         if bias is not None:
             bias = _floats(bias).contiguous()
@@ -171,6 +172,10 @@ def _kept(kept: Kept | None) -> list[int]:
     for each in (kept.pages, kept.counts, kept.positions):
         assert each.dtype == "int32" and each.flags.c_contiguous, "kept rows are int32, without gaps"
     return [kept.pages.ctypes.data, kept.counts.ctypes.data, kept.positions.ctypes.data, kept.pages.shape[1]]
+
+
+def _is_mass(mass: Tensor, shape: tuple[int, int]) -> bool:
+    return mass.shape == shape and mass.dtype == torch.float32 and mass.is_contiguous() and mass.device.type == "cpu"
 
 
 def _floats(x: Tensor) -> Tensor:

@@ -257,6 +257,7 @@ class Plan(Protocol):
         bias: Tensor | None = None,
         want_lse: bool = False,
         want_mass: bool = False,
+        masses: tuple[Tensor, ...] | None = None,
     ) -> Partial:
         """Attention of every query over the stored form of the rows that it sees, its own included.
 
@@ -269,6 +270,8 @@ class Plan(Protocol):
                 further ones (ALiBi, arXiv:2108.12409; T5, arXiv:1910.10683).
             want_lse: also return the log-sum-exp.
             want_mass: also return the attention mass.
+            masses: return it too, added to these, f32 [L, columns · N] of each member, contiguous: query by query, one
+                of G after the other, so that many chunks add up to the same however they are cut. They are modified.
         """
 
     def through(self, lanes: slice, layer: Fused, x: Tensor, angles: Tensor | None) -> bool:

@@ -21,7 +21,7 @@ tiles, M = n·G padded to a multiple, D width of keys, E width of values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,6 +77,17 @@ class Block:
         """C."""
         return self.visible.shape[3] // TILE
 
+    def alone(self) -> Iterator[Block]:
+        """Each item by itself."""
+        n, each = self.chunk, self.pages.shape[1] // self.items
+        tokens = torch.arange(self.items * n, device=self.pages.device) if self.tokens is None else self.tokens
+        for i in range(self.items):
+            one = slice(i, i + 1)
+            yield Block(
+                tokens[i * n : (i + 1) * n], n, self.pages[:, i * each : (i + 1) * each], self.visible[:, one],
+                self.asking[one], self.held[:, one], self.members[one], self.places[one],
+            )  # fmt: skip
+
     def hidden(self, lanes: slice, shared: int, multiple: int) -> Tensor:
         """bool [1 or L, I, C, M, TILE]: the mask as the scores lie, for lanes that `shared` queries share."""
         if shared not in self._hidden:
@@ -115,10 +126,12 @@ class Plan:
         bias: Tensor | None = None,
         want_lse: bool = False,
         want_mass: bool = False,
+        masses: tuple[Tensor, ...] | None = None,
     ) -> Partial:
         """See `ops.reads.Plan.attend`."""
         self.reads.check(softcap)
         if self.reads.chooses(lanes):
+            assert masses is None, "who chooses what it reads adds up no mass"
             reads, origins = quest.narrowed(self.reads, lanes, q)
             found = Plan(self.pages, reads).attend(
                 slice(0, lanes.stop - lanes.start), q,
@@ -127,19 +140,25 @@ class Plan:
             whole = None if found.mass is None else quest.gathered(found.mass, origins, self.reads)
             return Partial(found.out, found.lse, whole)
         ask = _Ask(self.pages, self.reads, lanes, _rotated(q, self.reads.layout) * scale, softcap, bias)
+        want_mass = want_mass or masses is not None
         found = self._over(self.blocks, ask, want_lse or want_mass or bool(self.kept))
         if self.kept:
             found = merge(found, self._over(self.kept, ask, True))
-        masses = None
         if want_mass and found.lse is not None:
-            count = lanes.stop - lanes.start
-            masses = tuple(q.new_zeros((count, m.columns * self.reads.page_size)) for m in self.reads.members)
-            for block in (*self.kept, *self.blocks):
-                mass = _mass(ask, block, found.lse)
-                for i, member in enumerate(block.members.tolist()):
-                    masses[member].index_add_(1, block.places[i], mass[:, i])
+            size, members = self.reads.page_size, self.reads.members
+            if masses is None:
+                masses = tuple(q.new_zeros((ask.count, member.columns * size)) for member in members)
+            self._weigh(ask, found.lse, masses)
         lse = self.reads.whole(lanes, q, scale, found.lse) if want_lse and found.lse is not None else None
         return Partial(found.out, lse, masses)
+
+    def _weigh(self, ask: _Ask, lse: Tensor, masses: tuple[Tensor, ...]) -> None:
+        """Adds what each slot received, query by query in their order."""
+        items = [item for block in (*self.kept, *self.blocks) for item in block.alone()]
+        for item in sorted(items, key=lambda item: int(item.asking[0, 0])):
+            into, places = masses[int(item.members[0])], item.places[0]
+            for received in _mass(ask, item, lse).unbind(1):
+                into.index_add_(1, places, received)
 
     def _over(self, blocks: list[Block], ask: _Ask, want_lse: bool) -> Partial:
         """Attention over the rows of some blocks; of tokens that ask none of them, nothing."""
@@ -341,14 +360,14 @@ def _attend(ask: _Ask, read: Block, want_lse: bool) -> tuple[Tensor, Tensor | No
 
 
 def _mass(ask: _Ask, read: Block, lse: Tensor) -> Tensor:
-    """What each slot of a Block received, once the log-sum-exp of each query over all its rows is known: [L, I, S]."""
-    count, items, n, tiles = ask.count, read.items, read.chunk, read.tiles
+    """What each slot of one item received from each query, one of G after the other, once their log-sum-exp over all
+    rows is known: [L, n·G, S]."""
+    count, n, tiles = ask.count, read.chunk, read.tiles
     shared = ask.q.shape[1] // count
     scores, _ = _scores(ask, read)
-    scores = scores.view(count, items, tiles, -1, TILE)[:, :, :, : n * shared]
-    whole = lse if read.tokens is None else lse[read.tokens]
-    whole = whole.view(items, n, count, shared).permute(2, 0, 1, 3).reshape(count, items, 1, n * shared, 1)
-    return (scores - whole).exp_().sum(dim=3).reshape(count, items, -1)
+    scores = scores.view(count, tiles, -1, TILE)[:, :, : n * shared]
+    whole = lse[read.tokens].view(n, count, shared).permute(1, 0, 2).reshape(count, 1, n * shared, 1)
+    return (scores - whole).exp_().transpose(1, 2).flatten(2)
 
 
 def _rotated(q: Tensor, layout: RowLayout) -> Tensor:
