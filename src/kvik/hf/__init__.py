@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvik.hf.cache import Cache as Cache
+    from kvik.hf.model import TransformersModel as TransformersModel
 
-_HOMES = {"Cache": "kvik.hf.cache"}
+_HOMES = {"Cache": "kvik.hf.cache", "TransformersModel": "kvik.hf.model"}
 __all__ = sorted(_HOMES)
 
 

@@ -25,6 +25,7 @@ from kvik.cache.step import Step
 from kvik.errors import SequenceError, UsageError
 from kvik.hf.dense import spread_rows
 from kvik.hf.places import Places
+from kvik.models.watch import Chunk as Asked
 
 Bools = NDArray[np.bool_]
 
@@ -104,13 +105,7 @@ class Chunk:
     def _asked(self, layer: int, query: Query, bias: Tensor | None) -> Tensor:
         q = query.q
         assert self.step is not None, "there are tokens"
-        found = self.step.attend(
-            layer, self._taken(q), scale=query.scale, softcap=query.softcap, bias=bias,
-            want_lse=query.sinks is not None,
-        )  # fmt: skip
-        out = found.out
-        if query.sinks is not None and found.lse is not None:
-            out = out * torch.sigmoid(found.lse - query.sinks.float()).unsqueeze(-1)
+        out = attended(self.step, layer, self._taken(q), query, bias)
         return self._places.given(out).to(q.dtype)
 
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -145,6 +140,19 @@ class Chunk:
         if self.count > 1 and not torch.equal(bias[:, :, 1:, 1:], bias[:, :, :-1, :-1]):
             raise SequenceError("a bias that is more than one by distance can't be read over pages")
         return bias[0, :, -1].flip(-1).float()
+
+
+def attended(step: Asked, layer: int, q: Tensor, query: Query, bias: Tensor | None) -> Tensor:
+    """What a layer's queries see, f32 [T, H, E].
+
+    Args:
+        q: f32 [T, H, D], in the order of the step's tokens.
+        bias: f32 [H, distances], added to scores; see `Step.attend`.
+    """
+    found = step.attend(layer, q, scale=query.scale, softcap=query.softcap, bias=bias, want_lse=query.sinks is not None)
+    if query.sinks is None or found.lse is None:
+        return found.out
+    return found.out * torch.sigmoid(found.lse - query.sinks.float()).unsqueeze(-1)
 
 
 def same_rows(batch: int, inputs: Mapping[str, Any]) -> list[int]:
