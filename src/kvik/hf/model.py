@@ -11,12 +11,15 @@ about as likely, from there on. `kvik fuzz --backend transformers --bound 1e-3` 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from kvik.errors import ConfigError, ModelError, UsageError
 from kvik.hf.decoder import TransformersDecoder
@@ -93,9 +96,11 @@ def load(
     stored = values.get("dtype", values.get("torch_dtype", "float32"))
     held = weights if weights != "auto" else "f32" if stored == "float32" else "bf16"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=_TYPES[held], local_files_only=True, trust_remote_code=False, attn_implementation=attention
-        )
+        with _silent():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=_TYPES[held], local_files_only=True, trust_remote_code=False,
+                attn_implementation=attention,
+            )  # fmt: skip
     except Exception as error:  # of any kind, and with any text
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -103,6 +108,18 @@ def load(
         ) from error
     tokenizer = Tokenizer(folder)
     return TransformersModel(model.to(device), tokenizer, name=folder.name, fingerprint=folder_fingerprint(folder))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without transformers' progress bars: who loads has one of their own."""
+    showed = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if showed:
+            logging.enable_progress_bar()
 
 
 def _config(model: PreTrainedModel, decoder: TransformersDecoder, name: str) -> TransformersConfig:
