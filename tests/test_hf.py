@@ -121,7 +121,7 @@ def test_crop_beyond_a_window_needs_recording(windowed):
         cache.crop(-4)
         states.append(logits(windowed, cache, ids[:, 16:]))
         torch.testing.assert_close(states[1], states[0][:, 16:], rtol=1e-3, atol=1e-3)
-    with kvik.hf.Cache(windowed, "f32; page 4") as cache:
+    with kvik.hf.Cache(windowed, "f32; page 16") as cache:
         logits(windowed, cache, prompt(60))
         with pytest.raises(SequenceError, match="rows were dropped"):
             cache.crop(-30)
@@ -325,10 +325,10 @@ def test_a_model_that_keeps_no_rows_is_refused():
 
 def test_a_budget_takes_the_most_exact_spec_that_fits(llama):
     specs = []
-    for budget in ("1MiB", "400KiB", "300KiB", 260_000):
-        with kvik.hf.Cache(llama, budget=budget, tokens=256) as cache:
+    for budget in ("4MiB", "1MiB", "900KiB", 700_000):
+        with kvik.hf.Cache(llama, budget=budget, tokens=4096) as cache:
             specs.append(str(cache.spec))
-            assert cache.pages.budget <= 1 << 20
+            assert cache.pages.budget <= 4 << 20
     assert specs == sorted(specs, key=["f32", "bf16", "int8", "k8v4", "int4"].index) and len(set(specs)) > 1
 
 

@@ -13,10 +13,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvik.hf.cache import Cache as Cache
+    from kvik.hf.front import Cache as Cache
     from kvik.hf.model import TransformersModel as TransformersModel
+    from kvik.hf.prefix import PrefixCache as PrefixCache
 
-_HOMES = {"Cache": "kvik.hf.cache", "TransformersModel": "kvik.hf.model"}
+_HOMES = {
+    "Cache": "kvik.hf.front",
+    "PrefixCache": "kvik.hf.prefix",
+    "TransformersModel": "kvik.hf.model",
+}
 __all__ = sorted(_HOMES)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
@@ -23,10 +23,11 @@ from kvik.cache.cache import Cache as Pages
 from kvik.cache.spec import LayerShape, Spec
 from kvik.errors import ModelError, UsageError
 from kvik.hf.attachment import Attachment, attachment_of
-from kvik.hf.cache import find
 from kvik.hf.chunk import Query, attended
 from kvik.hf.finding import differ, reason
 from kvik.hf.handle import Handle
+from kvik.hf.opening import find
+from kvik.hf.pieces import Pieces
 from kvik.models.watch import Chunk
 from kvik.ops.linear import Linear
 
@@ -103,6 +104,10 @@ class Packed(transformers.Cache):  # type: ignore[misc]
         over = Over(step, layers)
         super().__init__(layers=[Layer(over, index, shape.window) for index, shape in enumerate(layers)])
         self.attachment = attachment
+
+    def cut(self, forward: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Pieces | None]:
+        """Whole: chunks are the scheduler's."""
+        return inputs, None
 
     def enter(self, inputs: dict[str, Any]) -> None:
         """Nothing: the step is open."""

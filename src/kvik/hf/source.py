@@ -10,6 +10,7 @@ Its padding is not stored.
 from __future__ import annotations
 
 import hashlib
+import os
 import weakref
 from types import TracebackType
 from typing import Any
@@ -17,21 +18,23 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvik.cache.cache import Cache as Pages
+from kvik.cache.shape import LayerShape
 from kvik.cache.source import Filling
 from kvik.cache.spec import Bytes, Spec
-from kvik.errors import SequenceError
+from kvik.errors import SequenceError, StorageError
+from kvik.hf import files
 from kvik.hf.attachment import Attachment
 from kvik.hf.batch import Batch
-from kvik.hf.cache import Cache, given_back, opened
+from kvik.hf.cache import TextCache, given_back
 from kvik.hf.chunk import Bools, Chunk, Query, same_rows
-from kvik.hf.dense import source_rows
+from kvik.hf.dense import source_length, source_rows
 from kvik.hf.finding import Found
 from kvik.hf.handle import Handle
+from kvik.hf.pieces import Pieces
 
 
 class Over:
@@ -108,6 +111,20 @@ class Sources(transformers.Cache):  # type: ignore[misc]
             mine = (x[row].transpose(0, 1)[real].float() for x in (k, v))
             filling.append(len(self.found.layers) + layer, **dict(zip("kv", mine, strict=True)))
 
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Takes what a file says of sources that the batch's sequences have.
+
+        Raises:
+            StorageError: it isn't what was saved.
+        """
+        real, rows = tensors.get("source"), self.batch.sequences
+        right = real is not None and real.dtype == torch.bool and real.dim() == 2 and len(real) == len(rows)
+        if real is None or not right or real.sum(1).tolist() != [source_length(sequence) for sequence in rows]:
+            raise StorageError("'source' is not what a saved cache holds there; save the cache again")
+        self.real = real.numpy()
+        for layer, shape in zip(self.layers, self.found.sources, strict=True):
+            layer.expect(len(rows), shape)
+
     def select(self, rows: list[int]) -> None:
         """Makes row i what row rows[i] is."""
         self.real = self.real[rows]
@@ -158,6 +175,13 @@ class SourceLayer(CacheLayerMixin):  # type: ignore[misc]
         self._like = key_states[:, :, :0], value_states[:, :, :0]
         return self.keys, self.values
 
+    def expect(self, rows: int, shape: LayerShape) -> None:
+        """Its rows are here already, for so many of the batch."""
+        k, v = (
+            torch.zeros((rows, shape.heads, 0, width), dtype=self._sources.found.dtype) for _, width in shape.streams
+        )
+        self._like = k, v
+
     def get_seq_length(self) -> int:
         """Columns of the encoder."""
         return self._sources.get_seq_length() if self.is_initialized else 0
@@ -188,19 +212,9 @@ class SourceLayer(CacheLayerMixin):  # type: ignore[misc]
 class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
     """What `kvik.hf.Cache(model)` is where the model reads a source: see there for its arguments."""
 
-    def __init__(self, model: PreTrainedModel, spec: str | None = None, **settings: Any) -> None:
-        self._set(*opened(model, spec, **settings))
-
-    @classmethod
-    def of(cls, attachment: Attachment, found: Found, pages: Pages) -> ReaderCache:
-        """Of parts that are there."""
-        cache = cls.__new__(cls)
-        cache._set(attachment, found, pages)
-        return cache
-
-    def _set(self, attachment: Attachment, found: Found, pages: Pages) -> None:
-        text = object.__new__(Cache)
-        text._set(attachment, found, pages)
+    def __init__(self, attachment: Attachment, found: Found, pages: Pages) -> None:
+        """See `kvik.hf.cache.TextCache`."""
+        text = TextCache(attachment, found, pages)
         text._finish.detach()
         self.attachment, self.found, self.pages, self.batch = attachment, found, pages, text.batch
         super().__init__(text, Sources(text.batch, found))
@@ -219,6 +233,10 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
             self.cross_attention_cache.end(error)
             raise
 
+    def cut(self, forward: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Pieces | None]:
+        """A text's forward is never cut here: a decoder's prompt is short. Raises SequenceError where it would be."""
+        return inputs, None
+
     def leave(self, done: bool) -> None:
         """It is over: called by the decoder's hook."""
         first = self.batch.columns == 0
@@ -227,21 +245,34 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
         if first and not done:
             self.reset()
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """See `TextCache.save`; sources are saved with it."""
+        if not self.batch.sequences:
+            raise SequenceError("the cache is empty; give it to a model first")
+        tensors = {**self.batch.image(), "source": torch.from_numpy(self.cross_attention_cache.real)}
+        files.write(path, tensors, files.about(self.attachment.model, self.spec))
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """See `TextCache.take`."""
+        self.batch.take(tensors)
+        self.cross_attention_cache.take(tensors)
+        self.is_updated = dict.fromkeys(range(len(self.found.sources)), True)
+
     def crop(self, tokens_to_remove: int) -> None:
-        """See `Cache.crop`; sources stay."""
+        """See `TextCache.crop`; sources stay."""
         self.self_attention_cache.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """See `Cache.reorder_cache`."""
+        """See `TextCache.reorder_cache`."""
         self.self_attention_cache.reorder_cache(beam_idx)
         self.cross_attention_cache.select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """See `Cache.batch_repeat_interleave`."""
+        """See `TextCache.batch_repeat_interleave`."""
         self.reorder_cache(torch.arange(len(self.batch.sequences)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """See `Cache.batch_select_indices`."""
+        """See `TextCache.batch_select_indices`."""
         self.reorder_cache(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def reset(self) -> None:
@@ -250,11 +281,10 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
         for layer in self.cross_attention_cache.layers:
             layer.reset()
         self.cross_attention_cache.select([])
-        for layer in range(len(self.found.sources)):
-            self.is_updated[layer] = False
+        self.is_updated = dict.fromkeys(range(len(self.found.sources)), False)
 
     def close(self) -> None:
-        """See `Cache.close`."""
+        """See `TextCache.close`."""
         self.self_attention_cache.closed = True
         self._finish()
 
@@ -269,7 +299,7 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
         return self.pages.spec
 
     def describe(self) -> str:
-        """See `Cache.describe`."""
+        """See `TextCache.describe`."""
         text: str = self.self_attention_cache.describe()
         return text
 
