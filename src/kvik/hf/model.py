@@ -6,7 +6,7 @@
 
 Everything but the network is kvik's: pages, prefixes, batches, guesses, retention. Products are torch's, and round by
 how many rows they have: an answer may differ from the same answer alone in its last bits, and where two tokens are
-about as likely, from there on. `kvik fuzz --backend transformers --bound 1e-3` shows by how much.
+about as likely, from there on. `kvik fuzz --backend transformers --kv f32 --bound 1e-3` shows by how much.
 """
 
 from __future__ import annotations
