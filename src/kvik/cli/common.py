@@ -46,6 +46,14 @@ ShareOption = Annotated[
         "worse unless it was trained so.",
     ),
 ]
+BackendOption = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        help="Whose code the model runs in: kvik, or transformers, for families that kvik has no code of (folders and "
+        "hub ids alone; slower, and not the same to the last bit in every batch).",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
 MemoryOption = Annotated[str | None, typer.Option("--memory", help="Budget of the cache, such as 64MiB.")]
 TemperatureOption = Annotated[float, typer.Option(help="0 takes the likeliest token; higher is more random.")]
@@ -111,7 +119,14 @@ def progress() -> Iterator[Show]:
 
 
 def load_model(
-    model: str, weights: str, device: str, share: str | None = None, *, reads: bool = False, encodes: bool = False
+    model: str,
+    weights: str,
+    device: str,
+    share: str | None = None,
+    *,
+    reads: bool = False,
+    encodes: bool = False,
+    backend: str = "kvik",
 ) -> Model:
     """Loads with a progress bar where there is something to prepare. Says so if the kernels were not built.
 
@@ -119,7 +134,9 @@ def load_model(
         share: layers read the rows of others, by a rule of `cache/sharing.py`.
         reads: whether the command knows models that read a source beside their text.
         encodes: whether it knows those that only encode.
+        backend: whose code it runs in, kvik or transformers.
     """
+    check_backend(backend, share)
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     with Progress(
@@ -135,9 +152,16 @@ def load_model(
         def show(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        from kvik.models.model import load
+        loaded: Model
+        if backend == "transformers":
+            from kvik.hf.model import load as load_theirs
+            from kvik.models.prepare import resolve
 
-        loaded = load(model, weights=weights, device=device, share=share, progress=show)  # type: ignore[arg-type]
+            loaded = load_theirs(resolve(model, show), weights=weights, device=device)  # type: ignore[arg-type]
+        else:
+            from kvik.models.model import load
+
+            loaded = load(model, weights=weights, device=device, share=share, progress=show)  # type: ignore[arg-type]
     if loaded.reading is not None and not reads:
         from kvik.models.hearing import HearingConfig
 
@@ -151,6 +175,16 @@ def load_model(
     if device == "cpu":
         _tell_of_missing_kernels()
     return loaded
+
+
+def check_backend(backend: str, share: str | None = None) -> None:
+    """Raises UsageError: there is no such backend, or it can't do what else is asked for."""
+    if backend not in ("kvik", "transformers"):
+        raise UsageError(f"--backend {backend}: there are kvik and transformers; use one of them")
+    if backend != "kvik" and share is not None:
+        raise UsageError(
+            f"--share {share}: layers share rows in kvik's own models alone; leave out --backend or --share"
+        )
 
 
 def _tell_of_missing_kernels() -> None:

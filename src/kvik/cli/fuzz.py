@@ -10,11 +10,13 @@ import typer
 
 from kvik.cli.common import (
     KV_HELP,
+    BackendOption,
     DeviceOption,
     JsonOption,
     WeightsOption,
     app,
     budget,
+    check_backend,
     check_spec,
     load_model,
     progress,
@@ -58,6 +60,7 @@ def fuzz(
     ] = 0.0,
     weights: WeightsOption = "auto",
     device: DeviceOption = "cpu",
+    backend: BackendOption = "kvik",
     as_json: JsonOption = False,
 ) -> None:
     """Many requests at once, hurried, aborted, preempted: each must be told what it is told alone, bit for bit.
@@ -68,6 +71,7 @@ def fuzz(
     from kvik.fuzz import facts, read, render, write
     from kvik.fuzz import fuzz as run
 
+    check_backend(backend)
     size = None if memory == "auto" else budget(memory)
     if save is not None:
         check_target("--save", save)
@@ -81,7 +85,7 @@ def fuzz(
     for spec in specs:
         check_spec(spec, allow_none=False)
     name = model or "smollm2"
-    loaded = load_model(name, weights, device)
+    loaded = load_model(name, weights, device, backend=backend)
     replayed = given or _made(loaded, requests, seed)
     if save is not None:
         write(replayed, save)

@@ -11,6 +11,7 @@ import typer
 from kvik.cli.common import (
     INTERRUPTED,
     KV_HELP,
+    BackendOption,
     DeviceOption,
     JsonOption,
     KvOption,
@@ -26,6 +27,7 @@ from kvik.cli.common import (
     WeightsOption,
     app,
     budget,
+    check_backend,
     check_share,
     check_spec,
     load_model,
@@ -51,6 +53,7 @@ def run(
     weights: WeightsOption = "auto",
     device: DeviceOption = "cpu",
     share: ShareOption = None,
+    backend: BackendOption = "kvik",
     memory: MemoryOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -68,10 +71,11 @@ def run(
     sampling = _sampling(temperature, top_p, top_k, seed, max_tokens, stop)
     check_spec(kv, allow_none=True)
     check_share(share)
+    check_backend(backend, share)
     if kv == "none" and memory is not None:
         raise UsageError("--kv none keeps no cache, so --memory has nothing to bound; leave one of the two out")
     text = stdin().read() if prompt == "-" else prompt
-    loaded = load_model(model, weights, device, share, reads=True)
+    loaded = load_model(model, weights, device, share, reads=True, backend=backend)
     from kvik.engine.generation import Generation, ask, opened
 
     request = ask(loaded, text, raw=raw, max_tokens=max_tokens, stop=tuple(stop or ()), sampling=sampling)
@@ -101,6 +105,7 @@ def chat(
     kv: KvOption = "bf16",
     weights: WeightsOption = "auto",
     device: DeviceOption = "cpu",
+    backend: BackendOption = "kvik",
     memory: MemoryOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -116,8 +121,9 @@ def chat(
     room = budget(memory)
     sampling = _sampling(temperature, top_p, top_k, seed, max_tokens, stop)
     check_spec(kv, allow_none=False)
+    check_backend(backend)
     stdin()
-    loaded = load_model(model, weights, device)
+    loaded = load_model(model, weights, device, backend=backend)
     cache = loaded.cache(kv, memory=room)
     Chat(loaded, cache, sampling, max_tokens, tuple(stop or ())).loop(stderr(), as_json=as_json)
 

@@ -11,12 +11,14 @@ import typer
 from kvik.cli.common import (
     INTERRUPTED,
     KV_HELP,
+    BackendOption,
     DeviceOption,
     MemoryOption,
     ShareOption,
     WeightsOption,
     app,
     budget,
+    check_backend,
     check_share,
     check_spec,
     load_model,
@@ -46,6 +48,7 @@ def serve(
     weights: WeightsOption = "auto",
     device: DeviceOption = "cpu",
     share: ShareOption = None,
+    backend: BackendOption = "kvik",
     max_model_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a prompt and its answer; by default as many as the model can.")
     ] = None,
@@ -98,6 +101,7 @@ def serve(
     room = budget(memory)
     check_spec(kv, allow_none=False)
     check_share(share)
+    check_backend(backend, share)
     check_spec(draft_kv, allow_none=False)
     if draft is None and (draft_weights, draft_kv) != ("auto", "int8"):
         raise UsageError("--draft-weights and --draft-kv are of a draft, and none was given; give --draft too")
@@ -120,7 +124,7 @@ def serve(
         limits=Limits(requests_per_key=requests_per_key, seconds=timeout),
     )  # fmt: skip
     with bound(host, port) as socket:  # a port that is taken is found before a model is loaded
-        loaded = load_model(model, weights, device, share)
+        loaded = load_model(model, weights, device, share, backend=backend)
         guessing = None if draft is None else load_model(draft, draft_weights, device)
         from kvik.engine.engine import Engine
 

@@ -72,32 +72,45 @@ class Model:
             fingerprint: of the file.
         """
         _check_weights(weights)
-        self.config = config
-        self.device = torch.device(device)
-        self.weights: Format = _natural(tensors) if weights == "auto" else weights
-        if weights == "auto" and self.device.type != "cpu" and self.weights in ("int8", "int4"):
-            self.weights = "bf16"
+        where = torch.device(device)
+        held_as: Format = _natural(tensors) if weights == "auto" else weights
+        if weights == "auto" and where.type != "cpu" and held_as in ("int8", "int4"):
+            held_as = "bf16"
         with torch.inference_mode():
-            self.network = families.build(config, Source(tensors, self.weights, self.device))
+            network = families.build(config, Source(tensors, held_as, where))
+        self._take(config, network, held_as, where, arithmetic(network, where), fingerprint, tokenizer)
+        self.nbytes = nbytes(network)
+        head = None if self.encoder is not None else self.decoder.head
+        self.read_bytes = nbytes((network.blocks, network.norm, head))
+        late = first_late(network.layers) if self.encoder is None else len(network.blocks)
+        self.row_weights = multiplied(network.blocks[:late])
+        self.head_weights = multiplied(head) + multiplied(network.blocks[late:])
+
+    def _take(
+        self,
+        config: Config,
+        network: Decoder | Encoder,
+        weights: Format,
+        device: torch.device,
+        arithmetic: str,
+        fingerprint: str,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        """What every model has, however its network came to be."""
+        self.config, self.network, self.weights, self.device = config, network, weights, device
         self.reading = config if isinstance(config, ReaderConfig) else None
-        self.reader = None if self.reading is None else cast(Reader, self.network)
+        self.reader = None if self.reading is None else cast(Reader, network)
         self.encoding = config if isinstance(config, EncoderConfig) else None
-        self.encoder = None if self.encoding is None else cast(Encoder, self.network)
+        self.encoder = None if self.encoding is None else cast(Encoder, network)
         self.pooling: Pooling | None = None
         self.tokenizer = tokenizer
-        self.arithmetic = arithmetic(self.network, self.device)
-        held = f"{self.weights}, {self.arithmetic}"
-        owners = tuple(layer.reads for layer in self.network.layers)
+        self.arithmetic = arithmetic
+        held = f"{weights}, {arithmetic}"
+        owners = tuple(layer.reads for layer in network.layers)
         if any(owner is not None for owner in owners):
             held += f", rows of {owners}"
         self.held = digest(file=fingerprint.encode(), held=held.encode()).hex()
         self.centres: Centres | None = None
-        self.nbytes = nbytes(self.network)
-        head = None if self.encoder is not None else self.decoder.head
-        self.read_bytes = nbytes((self.network.blocks, self.network.norm, head))
-        late = first_late(self.network.layers) if self.encoder is None else len(self.network.blocks)
-        self.row_weights = multiplied(self.network.blocks[:late])
-        self.head_weights = multiplied(head) + multiplied(self.network.blocks[late:])
 
     @property
     def decoder(self) -> Decoder:
