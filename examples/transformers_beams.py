@@ -17,8 +17,22 @@ logging.disable_progress_bar()
 BEAMS = 4
 
 model, tokenizer = in_transformers("smollm2")  # yours: AutoModelForCausalLM.from_pretrained(…)
-rules = "You are a helpful guide to the city of Vienna. " * 24
-prefix = tokenizer.encode(rules)
+GUIDE = """A guide to Vienna.
+
+Begin at Saint Stephen's Cathedral, in the middle of the old town; its south tower has 343 steps. From there
+the Graben, a wide street of shops, leads to the Hofburg, the palace of the emperors, which is a museum today.
+Trams run around the old town on the Ring: the opera, the parliament and the city hall all stand along it.
+Schönbrunn, the summer palace, has a park that costs nothing, and the oldest zoo of the world.
+
+People sit in coffee houses for hours, with a newspaper and a glass of water. They eat Wiener schnitzel with
+potato salad, boiled beef with apple and horseradish, and afterwards Sachertorte, a dark cake of chocolate and
+apricot jam. In summer they drink young wine in the gardens of Grinzing and Nussdorf, and swim in the Old
+Danube, which the underground reaches in ten minutes. On New Year's morning the philharmonic orchestra plays
+waltzes for the whole world.
+
+Questions and answers about Vienna:
+"""
+prefix = tokenizer.encode(GUIDE)
 
 with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
     path = Path(folder) / "guide.kv"
@@ -29,11 +43,11 @@ with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         cache.save(path)
     print(f"{len(prefix)} tokens computed in {computed:.2f} s, saved in {path.stat().st_size / 2**20:.1f} MiB")
 
-    for question in ("Where do I begin?", "What do people eat here?"):
+    for question in ("Where does a visitor begin?", "Which cake do people eat?"):
         start = time.perf_counter()
         with kvik.hf.Cache.load(model, path) as cache:
             loaded = time.perf_counter() - start
-            ids = torch.tensor([prefix + tokenizer.encode(f"\n{question}\n")])
+            ids = torch.tensor([prefix + tokenizer.encode(f"\nQuestion: {question}\nAnswer:")])
             options = dict(num_beams=BEAMS, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))
             answer = model.generate(ids, past_key_values=cache, **options)[0, ids.shape[1] :]
             held, alone = cache.nbytes.payload, cache.spec.nbytes(ids.shape[1] + len(answer)).payload

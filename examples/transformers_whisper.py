@@ -1,8 +1,8 @@
 """Whisper tiny.en in transformers, five beams over one sound: the encoder's rows are stored once, for all of them.
 
-    python examples/transformers_whisper.py CLIP.wav      (16 kHz; `benchmarks/whisper.py` fetches five real ones)
+    python examples/transformers_whisper.py CLIP.wav      (16 kHz; Debian's pocketsphinx-testdata has five)
 
-Without a clip it looks for the ones of that benchmark, and else hears a chord that it makes itself.
+Without a clip it looks for those of that package, and else hears a chord that it makes itself.
 """
 
 import sys
@@ -49,6 +49,5 @@ with kvik.hf.Cache(model, "f32; cross: int8") as cache, torch.inference_mode():
     held = cache.nbytes
     print(f"{name}, {len(samples) / RATE:.1f} s:{tokenizer.decode([t for t in tokens if t < own.eos_ids[0]])}")
     print(f"{rows[0]} rows of the sound are stored once for {BEAMS} beams: {held.payload / 2**20:.1f} MiB in all")
-    print(
-        f"saved: {(BEAMS * each - held.payload - held.overhead) / 2**20:.1f} MiB of {BEAMS * each / 2**20:.1f} MiB in f32"
-    )
+    saved = BEAMS * each - held.payload - held.overhead
+    print(f"saved: {saved / 2**20:.1f} MiB of {BEAMS * each / 2**20:.1f} MiB in f32")
