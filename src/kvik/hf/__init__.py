@@ -1,0 +1,1 @@
+"""kvik inside transformers."""
