@@ -1,4 +1,4 @@
-"""`python -m kvik.hf.conformance --cache dynamic --cache kvik`: exit code 0, 1 if something is broken, 2 on bad usage."""
+"""`python -m kvik.hf.conformance --cache dynamic --cache kvik`: exits with 1 if something is broken, 2 on bad usage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
         "module:Class, called with config=model.config if it has such a parameter, else with the model; several times "
         "for columns side by side (default: dynamic)",
     )  # fmt: skip
-    made.add_argument("--only", action="append", default=[], metavar="CASE", help="one case; may be given several times")
+    made.add_argument(
+        "--only", action="append", default=[], metavar="CASE", help="one case; may be given several times"
+    )
     made.add_argument("--lossy", action="store_true", help="a module:Class stores less than it is given")
     made.add_argument("--list", action="store_true", help="name all cases and what must hold")
     made.add_argument("--json", action="store_true", help="print one JSON object instead")

@@ -1,4 +1,4 @@
-"""The classes under test, and how each is made. What it says is what is called: `Contender.how` is shown with results."""
+"""The classes under test, and how each is made: `Contender.how` says it, and is shown with what was found."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def _kvik(name: str, spec: str) -> Contender:
         raise UsageError("--cache kvik: this build has no kvik.hf.Cache; name another class")
     arguments = [spec] if spec else []
     how = f"kvik.hf.Cache(model{''.join(f', {spec!r}' for spec in arguments)})"
-    return Contender(name, how, lambda model, room: hf.Cache(model, *arguments), "kvik.hf", lossy=spec not in ("", "f32"))
+    return Contender(
+        name, how, lambda model, room: hf.Cache(model, *arguments), "kvik.hf", lossy=spec not in ("", "f32")
+    )
 
 
 def _foreign(name: str, module: str, attribute: str, lossy: bool) -> Contender:

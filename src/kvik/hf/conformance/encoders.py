@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import EncoderDecoderCache
 
+from kvik.errors import KvikError
 from kvik.hf.conformance.given import Given
 from kvik.hf.conformance.models import SOURCE, text
 from kvik.hf.conformance.subject import Subject, figure, off
@@ -54,8 +55,8 @@ def encoder_decoder_turns(given: Given) -> str:
     source, cache, ids, worst = _source(subject), given.pair(subject), torch.tensor([[0], [0]]), 0.0
     for _ in range(2):
         output = subject.model.generate(
-            **source, decoder_input_ids=ids, past_key_values=cache, max_new_tokens=3, do_sample=False,
-            return_dict_in_generate=True, output_logits=True,
+            **source, decoder_input_ids=ids, decoder_attention_mask=torch.ones_like(ids), past_key_values=cache,
+            max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         got, told = torch.stack(list(output.logits), dim=1), output.sequences.tolist()
         for index, row in enumerate(told):
@@ -77,7 +78,7 @@ def encoder_decoder_alone(given: Given) -> str:
             **source, past_key_values=cache, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True,
             output_logits=True,
         )  # fmt: skip
-    except Exception as refusal:
+    except (ValueError, TypeError, NotImplementedError, KvikError) as refusal:
         return f"refused: {type(refusal).__name__}"
     got = torch.stack(list(output.logits), dim=1)[0]
     moved = off(got, exact(subject, source, output.sequences[0].tolist())[:-1])

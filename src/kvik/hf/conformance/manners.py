@@ -66,11 +66,11 @@ def _lengths(given: Given, subject: Subject) -> None:
         demand(not wrong, "; ".join(wrong[:1]))
 
 
-class NewBytes(TorchDispatchMode):
+class NewBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes of all tensors that torch's operations make, views and work in place aside."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -107,8 +107,8 @@ def growth(given: Given) -> str:
     config = subject.model.config
     row = 2 * 4 * config.num_hidden_layers * config.hidden_size
     copied = max(0.0, (made[1] - made[0]) / (LONG - SHORT) / row)
-    demand(copied <= COPIED, f"each token copies {copied:.2g} times all rows before it (in f32), in every layer")
-    return f"each token copies {copied:.2g} of all rows"
+    demand(copied <= COPIED, f"each new token copies {copied:.2g} × all rows before it, counted as f32")
+    return f"each new token copies {copied:.2g} × all rows before it"
 
 
 def no_patch_at_import(given: Given) -> str:

@@ -57,8 +57,8 @@ def shared() -> Any:
 
 
 def sinks() -> Any:
-    """GPT-OSS: each head has a logit that takes weight from all rows; layers are mixed, experts routed."""
-    sizes = dict(head_dim=16, sliding_window=WINDOW, layer_types=_MIXED, num_local_experts=4, num_experts_per_tok=2)
+    """GPT-OSS: each head has a logit that takes weight from all rows; layers are mixed."""
+    sizes = dict(head_dim=16, sliding_window=WINDOW, layer_types=_MIXED, num_local_experts=2, num_experts_per_tok=2)
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     config = transformers.GptOssConfig(**_SIZES, **sizes, rope_parameters=rope, attn_implementation="eager")
     return transformers.GptOssForCausalLM(config)
@@ -72,7 +72,7 @@ def alibi() -> Any:
 
 def alibi_by_length() -> Any:
     """MPT: a bias by distance, made of lengths."""
-    sizes = dict(vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=4, max_seq_len=1024, expansion_ratio=2)
+    sizes = dict(vocab_size=VOCAB, d_model=64, n_layers=2, n_heads=4, max_seq_len=1024, use_cache=True)
     return transformers.MptForCausalLM(transformers.MptConfig(**sizes, eos_token_id=None, pad_token_id=0))
 
 
@@ -83,11 +83,11 @@ def learned() -> Any:
 
 
 def latent() -> Any:
-    """DeepSeek-V3: keys are wider than values."""
+    """DeepSeek-V3: keys are wider than values. Nothing is routed, so that a small loss stays small."""
     sizes = dict(
         num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=24, qk_rope_head_dim=16, qk_nope_head_dim=16,
         v_head_dim=16, n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=24, num_experts_per_tok=2,
-        n_group=2, topk_group=1, first_k_dense_replace=1,
+        n_group=2, topk_group=1, first_k_dense_replace=2,
     )  # fmt: skip
     return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**{**_SIZES, **sizes}))
 

@@ -1,12 +1,13 @@
 """Prints what importing a module changed in transformers. A script: it must be able to look before kvik is imported.
 
-    python registries.py MODULE
+python registries.py MODULE
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 LOOKED_AT = (
@@ -33,8 +34,9 @@ def snapshot() -> dict[str, Any]:
             found[f"{name}.{key}"] = value
             if isinstance(value, type) and value.__module__ == name:
                 found |= {f"{name}.{key}.{part}": kept for part, kept in vars(value).items() if part[:5] != "_abc_"}
-            if key.isupper() and isinstance(value, dict) or key.startswith("ALL_") and "keys" in dir(value):
-                found |= {f"{name}.{key}[{part}]": value[part] for part in value.keys()}  # noqa: SIM118
+            if key.isupper() and isinstance(value, Mapping):
+                same = {part: value[part] for part in value if value[part] is value[part]}  # some make one at each look
+                found |= {f"{name}.{key}[{part}]": kept for part, kept in same.items()}
     return found
 
 

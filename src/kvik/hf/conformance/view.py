@@ -34,9 +34,9 @@ def render(console: Console, contenders: Sequence[Contender], cases: Sequence[Ca
     for contender in contenders:
         console.print(Text.assemble("\n", (contender.name, "bold"), (f"  {contender.how}", "dim")))
         console.print(Text(f"  {tally(found, contender)}"))
-        for finding in notable(found, contender):
-            head = (f"  {finding.case}: ", COLORS[finding.verdict])
-            console.print(Text.assemble(head, f"{WORDS[finding.verdict].lower()}: ".replace("–: ", ""), finding.seen))
+        for verdict, seen, names in notable(found, contender):
+            head = (f"  {verdict.value}: ", COLORS[verdict])
+            console.print(Text.assemble(head, (", ".join(names), "bold"), f": {seen}"))
 
 
 def seconds(found: Sequence[Finding], contender: Contender) -> float:
@@ -50,11 +50,14 @@ def tally(found: Sequence[Finding], contender: Contender) -> str:
     return ", ".join(f"{mine.count(verdict)} {verdict.value}" for verdict in Verdict if verdict in mine)
 
 
-def notable(found: Sequence[Finding], contender: Contender) -> list[Finding]:
-    """One cache's findings that say more than that something holds, the worst first."""
-    order = (Verdict.BROKEN, Verdict.CRASHED, Verdict.UNFIT)
-    mine = [finding for finding in found if finding.cache == contender.name and finding.verdict in order]
-    return sorted(mine, key=lambda finding: order.index(finding.verdict))
+def notable(found: Sequence[Finding], contender: Contender) -> list[tuple[Verdict, str, list[str]]]:
+    """(Verdict, what was seen, in which cases) wherever something is wrong or does not apply, the worst first."""
+    same: dict[tuple[Verdict, str], list[str]] = {}
+    for finding in found:
+        if finding.cache == contender.name and finding.verdict is not Verdict.HOLDS:
+            same.setdefault((finding.verdict, finding.seen), []).append(finding.case)
+    order = list(Verdict)
+    return sorted(((*key, names) for key, names in same.items()), key=lambda each: order.index(each[0]))
 
 
 def as_json(
@@ -83,10 +86,8 @@ def markdown(
         lines.append(f"| {case.name} | {case.law} | {' | '.join(cells)} |")
     for contender in contenders:
         lines += ["", f"**`{contender.name}`** (`{contender.how}`): {tally(found, contender)}.", ""]
-        lines += [
-            f"- {finding.case}: {'' if finding.verdict is Verdict.UNFIT else finding.verdict.value + ': '}{finding.seen}"
-            for finding in notable(found, contender)
-        ]
+        for verdict, seen, names in notable(found, contender):
+            lines.append(f"- {verdict.value}: {', '.join(names)}: {seen}")
     return "\n".join(lines)
 
 
