@@ -29,7 +29,7 @@ def parts_of(spec: Spec) -> list[list[Part]]:
             lanes = np.flatnonzero(layers == layer)
             where = slice(int(lanes[0]), int(lanes[-1]) + 1)
             found.setdefault(layer, []).append((index, where, tuple(group.lanes[i][1] for i in lanes)))
-    out: list[list[Part]] = [[] for _ in range(max(found, default=-1) + 1)]
+    out: list[list[Part]] = [[] for _ in range(max(max(found, default=-1) + 1, len(spec.readers)))]
     for layer, parts in found.items():
         out[layer] = [Part(index, where, heads if len(parts) > 1 else None) for index, where, heads in parts]
     return [out[owner] for owner in spec.readers] if spec.readers else out

@@ -1,0 +1,138 @@
+"""What kvik puts on a model, and takes away again: two hooks around its forward.
+
+The first opens a step of the cache that the forward was given and, where attention reads pages, sets the attention of
+the model's configuration; the second ends the step and sets it back. A forward with another cache, or none, is left as
+it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kvik.hf.asking import name_for
+from kvik.hf.finding import Found
+
+
+class Stepping(Protocol):
+    """A cache that takes steps."""
+
+    @property
+    def attachment(self) -> Attachment:
+        """The model that it was made for."""
+
+    def enter(self, inputs: dict[str, Any]) -> None:
+        """A forward begins."""
+
+    def leave(self, done: bool) -> None:
+        """It is over; not done: it failed."""
+
+
+class Attachment:
+    """One model's hooks, shared by its caches.
+
+    Attributes:
+        model: it.
+        decoder: the part of it whose layers keep rows.
+        found: how it asks.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.decoder = model, model.get_decoder()
+        self._users = 0
+        self._hooks: list[Any] = []
+        self._stack: list[tuple[nn.Module, Stepping]] = []
+        self._own: list[tuple[PretrainedConfig, str]] = []
+        self.found: Found | None = None
+
+    def hold(self) -> Attachment:
+        """One more cache uses it: the first puts the hooks on."""
+        if self._users == 0:
+            whole = [] if self.model.config.is_encoder_decoder else [self.model, self.model.base_model]
+            for module in dict.fromkeys([*whole, self.decoder]):
+                before = module.register_forward_pre_hook(_Before(self), with_kwargs=True)
+                after = module.register_forward_hook(self._after, always_call=True)
+                self._hooks += [before, after]
+        self._users += 1
+        return self
+
+    def release(self) -> None:
+        """One cache fewer uses it: the last takes the hooks away."""
+        self._users -= 1
+        if self._users == 0:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
+            self._restore()
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward begins, perhaps inside another's."""
+        inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+        cache: Stepping | None = inputs.get("past_key_values")
+        if getattr(cache, "attachment", None) is not self or cache is None:
+            return
+        if self._stack and self._stack[-1][1] is cache and self._stack[-1][0] is not module:
+            return  # the outer one has opened the step
+        self._stack = [each for each in self._stack if each[1] is not cache]  # left over from one that was interrupted
+        cache.enter(inputs)
+        self._stack.append((module, cache))
+        if self.found is not None and self.found.direct and not self._own:
+            self._own = [(config, config._attn_implementation) for config in configs_of(self.decoder)]
+            for config, original in self._own:
+                config._attn_implementation_internal = name_for(original or "eager")
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        if not self._stack or self._stack[-1][0] is not module:
+            return
+        _, cache = self._stack.pop()
+        if not self._stack:
+            self._restore()
+        cache.leave(output is not None)
+
+    def _restore(self) -> None:
+        for config, original in self._own:
+            config._attn_implementation_internal = original
+        self._own = []
+
+
+class _Before:
+    """The first hook. Whoever looks for a model's attachment finds it here."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.attachment.before(module, args, kwargs)
+
+
+def attachment_of(model: PreTrainedModel, find: Callable[[Attachment], Found]) -> Attachment:
+    """A model's, held; the one that is there, if caches of it are open.
+
+    Args:
+        find: finds out how the model asks; what it found stays with the model.
+    """
+    hooks = model.get_decoder()._forward_pre_hooks.values()
+    attachment = next((hook.attachment for hook in hooks if isinstance(hook, _Before)), None) or Attachment(model)
+    attachment.hold()
+    try:
+        known = vars(model).get("_kvik_found")
+        attachment.found = known if isinstance(known, Found) and known.fits(model) else find(attachment)
+    except BaseException:
+        attachment.release()
+        raise
+    model._kvik_found = attachment.found
+    return attachment
+
+
+def configs_of(decoder: nn.Module) -> list[PretrainedConfig]:
+    """The configurations that a decoder's modules read."""
+    found = {id(module.config): module.config for module in decoder.modules() if isinstance(module, PreTrainedModel)}
+    for module in decoder.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PretrainedConfig):
+            found.setdefault(id(config), config)
+    return list(found.values())

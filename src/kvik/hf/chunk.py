@@ -1,0 +1,151 @@
+"""One forward of a model: which of a batch's new tokens are stored, and what its queries read.
+
+A batch is a rectangle of columns, some of them padding. Rows are stored for real tokens alone:
+
+    columns     0 1 2 3 4 | 5 6      of the batch: five were seen, two are new
+    row 0       a b c d e | f g      sequence 0: positions 0 … 6
+    row 1       · · · x y | z ·      sequence 1: x y z are its positions 0, 1, 2
+
+A position is a place among a row's real tokens, a column one in the batch; transformers counts columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvik.cache.sequence import Sequence
+from kvik.cache.step import Step
+from kvik.errors import SequenceError
+from kvik.hf.dense import spread_rows
+from kvik.hf.places import Places
+
+Bools = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a layer asks.
+
+    Attributes:
+        q: [B, H, n, D], as the model made them.
+        scale, softcap: of the scores.
+        sinks: [H]: scores of a row that is not there and gives nothing (gpt-oss); None = none.
+        bias: [1 or B, H, n, columns], added to scores; None = nothing.
+    """
+
+    q: Tensor
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Reading(Protocol):
+    """Who answers queries."""
+
+    def attend(self, layer: int, query: Query) -> Tensor:
+        """Attention over the stored form of all rows that each query sees: [B, n, H, E], in q's type."""
+
+    def dense(self, layer: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, decoded: [B, heads, columns, width] each; 0 where no row is."""
+
+    def window(self, layer: int) -> int | None:
+        """Columns that a query of this layer sees by the model's own account; None = all."""
+
+
+class Chunk:
+    """A forward's step through the cache.
+
+    Attributes:
+        step: the cache's own; None where no token is new to it.
+        count: new columns.
+        real: bool [B, columns], new ones included.
+        rows: each row's sequence. Rows of one input share one until the forward ends.
+        twins: for each row the first that has the same input: itself, where there is none before it.
+    """
+
+    def __init__(self, step: Step | None, count: int, real: Bools, rows: list[Sequence], twins: list[int],
+                 places: Places, windows: Mapping[int, int | None]) -> None:  # fmt: skip
+        self.step, self.count, self.real, self.rows, self.twins = step, count, real, rows, twins
+        self._places, self._windows = places, windows
+        self.dtype = torch.float32
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Stores a layer's new rows, [B, heads, n, width] each; those of padding are not."""
+        self.dtype = v.dtype
+        if self.step is not None:
+            self.step.append(layer, k=self._taken(k), v=self._taken(v))
+
+    def attend(self, layer: int, query: Query) -> Tensor:
+        """See `Reading`. What padding asks gets 0."""
+        q = query.q
+        batch, heads, count, _ = q.shape
+        if self.step is None:
+            return q.new_zeros((batch, count, heads, query.q.shape[-1]))
+        bias = None if query.bias is None else self._by_distance(query.bias)
+        found = self.step.attend(
+            layer, self._taken(q), scale=query.scale, softcap=query.softcap, bias=bias,
+            want_lse=query.sinks is not None,
+        )  # fmt: skip
+        out = found.out
+        if query.sinks is not None and found.lse is not None:
+            out = out * torch.sigmoid(found.lse - query.sinks.float()).unsqueeze(-1)
+        return self._places.given(out).to(q.dtype)
+
+    def dense(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See `Reading`."""
+        return spread_rows(self.rows, layer, self.real, self.dtype)
+
+    def window(self, layer: int) -> int | None:
+        """See `Reading`."""
+        return self._windows[layer]
+
+    def _taken(self, x: Tensor) -> Tensor:
+        """[B, heads, n, width] → f32 [T, heads, width], the stored tokens' alone."""
+        return self._places.taken(x.transpose(1, 2).flatten(0, 1)).float()
+
+    def _by_distance(self, bias: Tensor) -> Tensor:
+        """[1, H, n, columns] → f32 [H, columns] by distance.
+
+        Raises:
+            SequenceError: it differs by row, or is none of distance alone.
+        """
+        gaps = np.diff(self.real.astype(np.int8), axis=1)
+        if bias.shape[0] != 1 or (gaps < 0).any():
+            raise SequenceError("a bias that differs by row, or counts padding between tokens, is no bias by distance")
+        if self.count > 1 and not torch.equal(bias[:, :, 1:, 1:], bias[:, :, :-1, :-1]):
+            raise SequenceError("a bias that is more than one by distance can't be read over pages")
+        return bias[0, :, -1].flip(-1).float()
+
+
+def same_rows(batch: int, inputs: Mapping[str, Any]) -> list[int]:
+    """For each row of a forward's inputs, the first row that has the same: beams and several answers to one prompt.
+
+    >>> same_rows(3, {"input_ids": torch.tensor([[5, 6], [7, 8], [5, 6]])})
+    [0, 1, 0]
+    """
+    tensors = [x for x in _tensors(inputs) if x.dim() > 0 and x.shape[0] == batch]
+    first = list(range(batch))
+    for row in range(1, batch):
+        for other in range(row):
+            if first[other] == other and all(torch.equal(x[row], x[other]) for x in tensors):
+                first[row] = other
+                break
+    return first
+
+
+def _tensors(inputs: object) -> list[Tensor]:
+    if isinstance(inputs, Tensor):
+        return [inputs]
+    if isinstance(inputs, Mapping):
+        return [x for each in inputs.values() for x in _tensors(each)]
+    if isinstance(inputs, list | tuple):
+        return [x for each in inputs for x in _tensors(each)]
+    return []
