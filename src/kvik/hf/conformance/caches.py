@@ -14,7 +14,7 @@ from transformers.cache_utils import QuantizedCache
 from kvik.errors import UsageError
 
 BACKENDS = ("fp8", "quanto", "hqq")
-GROUP = 16  # values with one scale: the tiny models' heads are no wider
+GROUP = 16  # values with one scale, and tokens that stay as they are: what the tiny models' sizes allow
 Make = Callable[[Any, int], Any]  # (model, tokens that must fit) -> an empty cache
 KNOWN = (
     "dynamic, dynamic:bare, static, quantized (fp8), quantized:quanto, quantized:hqq, kvik, kvik:SPEC, or module:Class"
@@ -82,7 +82,7 @@ def _quantized(name: str, backend: str) -> Contender:
     settings: dict[str, Any] = {}
     if backend != "fp8":
         axis = 0 if backend == "quanto" else 1
-        settings = dict(nbits=4, q_group_size=GROUP, axis_key=axis, axis_value=axis)
+        settings = dict(nbits=4, q_group_size=GROUP, residual_length=GROUP, axis_key=axis, axis_value=axis)
 
     def make(model: Any, room: int) -> Any:
         return QuantizedCache(backend=backend, config=model.config, **settings)

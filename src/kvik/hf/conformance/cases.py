@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvik.errors import UsageError
-from kvik.hf.conformance import architectures, batches, encoders, manners, search, turns, windows
+from kvik.hf.conformance import architectures, batches, encoders, manners, search, turns, uses, windows
 from kvik.hf.conformance.given import Given
 
 Check = Callable[[Given], str]  # a remark where it holds; raises BrokenError or UnfitError
@@ -76,6 +76,11 @@ _CHECKS: tuple[Check, ...] = (
     encoders.encoder_decoder_beams,
     encoders.encoder_decoder_turns,
     encoders.encoder_decoder_alone,
+    uses.embeddings,
+    uses.new_ids_only,
+    uses.own_mask,
+    uses.two_at_once,
+    uses.interrupted,
     turns.deep_copy,
     turns.keep_in_a_file,
     turns.reset,

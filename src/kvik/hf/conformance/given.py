@@ -44,7 +44,7 @@ class Given:
         try:
             cache = self.contender.make(subject.model, room)
         except Exception as refusal:
-            raise UnfitError(f"refuses {type(subject.model).__name__}: {first_line(refusal)}") from refusal
+            raise UnfitError(f"refuses such a model: {first_line(refusal)}") from refusal
         self._made.append(cache)
         return cache
 
@@ -56,9 +56,13 @@ class Given:
     def close(self) -> None:
         """Closes what was made, where the class can."""
         while self._made:
-            cache = self._made.pop()
-            if "close" in dir(cache):
-                cache.close()
+            self.end(self._made.pop())
+
+    @staticmethod
+    def end(cache: Any) -> None:
+        """Closes one, where its class can."""
+        if "close" in dir(cache):
+            cache.close()
 
     def slack(self, subject: Subject) -> float:
         """How far logits of this model may be off: rounding, or what a lossy class loses on texts alone."""

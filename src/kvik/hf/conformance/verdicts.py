@@ -54,10 +54,10 @@ def demand(holds: bool, seen: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's class and first line, without markup.
+    """An error's class and the first sentence of its first line.
 
-    >>> first_line(ValueError("no such layer\\nmore"))
-    'ValueError: no such layer'
+    >>> first_line(ValueError("No such layer. There are others"))
+    'ValueError: No such layer'
     """
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0].split('. ')[0].strip()}" if lines else type(error).__name__
