@@ -1,4 +1,4 @@
-"""What transformers asks of its own caches in tests/utils/test_cache_utils.py, where no download is needed, of any cache.
+"""What transformers asks of its own caches in tests/utils/test_cache_utils.py, where no download is needed: of any.
 
 Truth is the model without a cache. Rows are looked at only where `update` gives tensors (ROWS).
 """

@@ -233,21 +233,10 @@ def needs_more(model, budget):
 
 WRONG = {
     LosesTheFirst: (
-        "alone",
-        "chunked-prefill",
-        "mixed",
-        "soft-caps",
-        "learned-positions",
-        "half-precision",
-        "embeddings",
+        "alone", "chunked-prefill", "mixed", "soft-caps", "learned-positions", "half-precision", "embeddings",
     ),
     SwapsRows: (
-        "padding-leak",
-        "padding-leak-eager",
-        "chunked-prefill-padded",
-        "window-padded",
-        "mixed-padded",
-        "own-mask",
+        "padding-leak", "padding-leak-eager", "chunked-prefill-padded", "window-padded", "mixed-padded", "own-mask",
     ),
     ShowsPads: ("pad-ids",),
     MixesTexts: ("neighbours",),
@@ -271,4 +260,4 @@ WRONG = {
     SharesState: ("two-at-once",),
     LeavesAnAttribute: ("nothing-left-behind",),
     LeavesAttention: ("nothing-left-behind",),
-}
+}  # fmt: skip

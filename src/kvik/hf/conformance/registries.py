@@ -17,18 +17,16 @@ LOOKED_AT = (
     "transformers.generation.utils",
     "transformers.generation.candidate_generator",
     "transformers.integrations.sdpa_attention",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.gemma2.modeling_gemma2",
-    "transformers.models.bloom.modeling_bloom",
-    "transformers.models.t5.modeling_t5",
     "torch.nn.functional",
 )
+MODELS = ("LlamaForCausalLM", "Gemma2ForCausalLM", "BloomForCausalLM", "T5ForConditionalGeneration")
 
 
 def snapshot() -> dict[str, Any]:
     """Every name in those modules, in their classes, and in their registries."""
     found: dict[str, Any] = {}
-    for name in LOOKED_AT:
+    models = [getattr(importlib.import_module("transformers"), name).__module__ for name in MODELS]
+    for name in (*LOOKED_AT, *models):
         module = importlib.import_module(name)
         for key, value in vars(module).items():
             found[f"{name}.{key}"] = value

@@ -1,4 +1,4 @@
-"""Other ways in which a model is called: with embeddings, a mask of one's own, two caches at once, and stopped midway."""
+"""Other ways to call a model: with embeddings, with a mask of one's own, with two caches in turns, stopped midway."""
 
 from __future__ import annotations
 
