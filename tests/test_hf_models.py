@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
 import kvik.hf
-from hf_models import DECODERS, made
+from hf_models import DECODERS, READERS, made
 
 DENSE = {"gptj", "codegen", "gpt_neo", "falcon", "falcon_alibi", "bloom", "mpt", "deepseek_v2", "deepseek_v3", "xglm",
     "llama4"}  # fmt: skip
@@ -33,3 +34,34 @@ def test_an_architecture_gives_the_tokens_that_it_gives_with_transformers_own_ca
             assert cache.found.direct == (name not in DENSE), cache.describe()
             assert torch.equal(model.generate(**inputs, past_key_values=cache, **more, **OPTIONS), expected), more
             cache.pages.check()
+
+
+def sources(name):
+    """What a model reads: three sources, two of them shorter than the first."""
+    if name == "whisper":
+        torch.manual_seed(1)
+        return dict(input_features=torch.randn(3, 8, 32))
+    inputs = padded()
+    return {key: x.flip(1) for key, x in inputs.items()}
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("name", READERS)
+def test_a_model_that_reads_a_source_keeps_it_once(name):
+    model, batch = made(name), sources(name)
+    one = {key: x[:1] for key, x in batch.items()}
+    generate = GenerationMixin.generate  # Whisper's own would cut sound into windows
+    for inputs, more in ((batch, dict(num_beams=2)), (one, dict(num_beams=4, num_return_sequences=3)), (batch, {})):
+        expected = generate(model, **inputs, **more, **OPTIONS)
+        with kvik.hf.Cache(model) as cache:
+            got = generate(model, **inputs, **more, past_key_values=cache, **OPTIONS)
+            assert torch.equal(got, expected), more
+            cache.pages.check()
+            assert cache.found.direct, cache.describe()
+            rows = (
+                int(inputs["attention_mask"].sum())
+                if "attention_mask" in inputs
+                else 16 * len(inputs["input_features"])
+            )
+            stored = sum(block.rows for block in cache.pages.index)
+            assert stored == rows, "each source once, and no padding"

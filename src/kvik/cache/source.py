@@ -37,6 +37,7 @@ class Filling:
             raise SequenceError(f"a source of {rows} rows: give at least one")
         self.cache, self.key, self.rows, self.owner = cache, key, rows, owner
         self._pages: list[Pages | None] = []
+        self._block: Block | None = None  # once it can be found
         self._plans: dict[int, Plan] = {}
         self._missing = {
             layer for group in cache.spec.groups if group.source for layer, _ in group.lanes
@@ -81,13 +82,23 @@ class Filling:
             self._plans[part.group].append(part.lanes, rows)
         self._missing.discard(layer)
 
+    def announce(self) -> None:
+        """Lets sequences be opened with the source before its rows are in: for models that compute a layer's rows when
+        that layer asks. Whoever attends to a layer has appended to it before. Left by an error, it is not known again.
+        """
+        self._block = Block(self.key, b"", 0, (), self._pages, self.rows, self.owner)
+        self.cache.index.add(self._block)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None and not self._missing:
-            self.cache.index.add(Block(self.key, b"", 0, (), self._pages, self.rows, self.owner))
+            if self._block is None:
+                self.announce()
             self.cache.emit(events.Filled(self.rows, sum(p.size for p in self._pages if p is not None)))
             return
+        if self._block is not None:
+            self.cache.index.remove(self._block)
         for group, pages in zip(self.cache.spec.groups, self._pages, strict=True):
             if pages is not None:
                 self.cache.arena.release(group.page_bytes, pages)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from kvik.errors import UsageError
-from kvik.hf.chunk import Query
+from kvik.hf.chunk import Query, Reading
 from kvik.hf.handle import Handle
 
 # What models hand to attention that changes nothing, or that rows and masks say already.
@@ -63,29 +63,35 @@ def _attention(
     if kwargs.get("output_attentions"):
         raise UsageError("attention over pages has no weights to return; leave out output_attentions")
     reading, layer = key.reading, key.layer
-    if isinstance(attention_mask, Tensor):  # a mask of its own, such as images have: over decoded rows
+    if (
+        isinstance(attention_mask, Tensor) and reading.causal
+    ):  # a mask of its own, such as images have: over decoded rows
         k, v = reading.dense(layer)
         return _own(original, module, query, k, v, attention_mask, scaling, kwargs)
-    _check(module, reading.window(layer), attention_mask, kwargs)
+    _check(module, reading, layer, attention_mask, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    asked = Query(query, float(scale), kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("position_bias"))
+    asked = Query(
+        query, value.shape[-1], float(scale), kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("position_bias")
+    )
     return reading.attend(layer, asked), None
 
 
-def _check(module: torch.nn.Module, window: int | None, mask: Causal | None, kwargs: dict[str, Any]) -> None:
+def _check(
+    module: torch.nn.Module, reading: Reading, layer: int, mask: Causal | Tensor | None, kwargs: dict[str, Any]
+) -> None:
     """Raises UsageError where attention was asked for that would not be given."""
     known = _IDLE | {"softcap", "s_aux", "position_bias", "sliding_window", "is_causal", "dropout", "output_attentions"}
     for name, value in kwargs.items():
         if name not in known and value is not None:
             raise UsageError(f"its attention is given {name!r}, which attention over pages does not know")
-    seen = None if mask is None else mask.window
-    asked = kwargs.get("sliding_window", window)
-    if window != seen or (asked is not None and asked != window):
-        raise UsageError(
-            f"a layer's window is {window} by its configuration, and its attention asks for {seen or asked}"
-        )
-    if kwargs.get("is_causal") is False:
-        raise UsageError("its attention over its own tokens is not causal")
+    if reading.causal:
+        seen = mask.window if isinstance(mask, Causal) else None
+        reading.check(layer, seen)
+        asked = kwargs.get("sliding_window", seen)
+        if asked is not None and asked != seen:
+            raise UsageError(f"a layer's mask has a window of {seen}, and its attention asks for {asked}")
+        if kwargs.get("is_causal") is False:
+            raise UsageError("its attention over its own tokens is not causal")
     if kwargs.get("dropout") and module.training:
         raise UsageError("dropout of attention weights can't be had over pages; call model.eval()")
 

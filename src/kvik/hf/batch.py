@@ -25,6 +25,7 @@ class Batch:
         windows: of each layer, as the model has them.
         recording: a crop follows each forward, and says what stays; nothing is settled before it.
         chunk: the forward that goes on.
+        sources: of a new batch's rows, where the model reads any: their digests.
     """
 
     def __init__(self, cache: Cache, windows: Mapping[int, int | None]) -> None:
@@ -33,6 +34,7 @@ class Batch:
         self.sequences: list[Sequence] = []
         self.recording = False
         self.chunk: Chunk | None = None
+        self.sources: list[bytes] = []
         self._real = np.zeros((0, 0), bool)
 
     @property
@@ -166,7 +168,7 @@ class Batch:
     def _fit(self, batch: int) -> None:
         """Opens sequences for a new batch; one row serves all rows of a larger one."""
         if not self.sequences:
-            self.sequences = [self.cache.open() for _ in range(batch)]
+            self.sequences = [self.cache.open(source=source) for source in self.sources or [None] * batch]
             self._real = np.zeros((batch, 0), bool)
         elif len(self.sequences) == 1 and batch > 1:
             self.select([0] * batch)

@@ -31,6 +31,36 @@ from kvik.hf.sizes import memory_of, spec_within
 _TRIAL_BYTES = 64 << 20
 
 
+def opened(
+    model: PreTrainedModel,
+    spec: str | None,
+    *,
+    budget: int | str | None = None,
+    memory: int | str | None = None,
+    tokens: int | None = None,
+    batch: int = 1,
+    shares: bool = False,
+) -> tuple[Attachment, Found, Pages]:
+    """What a cache of a model is made of: see `Cache`."""
+    if spec is not None and budget is not None:
+        raise SpecError("spec and budget were both given, and a budget chooses the spec; give one of them")
+    attachment = attachment_of(model, find)
+    try:
+        found = attachment.found
+        assert found is not None, "an attachment has looked"
+        limit = memory_of(memory if budget is None else budget)
+        text = found.codec if spec is None else spec
+        if budget is not None and limit is not None:
+            text = spec_within(found, limit, tokens or positions_of(model), batch)
+        parsed = Spec.parse(text, [*found.layers, *found.sources])
+        check_dense(found, parsed)
+        limit = limit if memory is None else memory_of(memory)
+        return attachment, found, Pages(parsed, memory=limit, shares=shares)
+    except BaseException:
+        attachment.release()
+        raise
+
+
 class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no types
     """Keys and values of one batch, as a kvik spec keeps them; give it to `generate(past_key_values=…)`.
 
@@ -63,31 +93,22 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no ty
             BudgetError: there is less memory, or nothing fits the budget.
             ModelError: the model keeps no keys and values, or its attention can't be served.
         """
-        if spec is not None and budget is not None:
-            raise SpecError("spec and budget were both given, and a budget chooses the spec; give one of them")
-        attachment = attachment_of(model, find)
-        try:
-            found = attachment.found
-            assert found is not None, "an attachment has looked"
-            limit = memory_of(memory if budget is None else budget)
-            text = found.codec if spec is None else spec
-            if budget is not None and limit is not None:
-                text = spec_within(found, limit, tokens or positions_of(model), batch)
-            parsed = Spec.parse(text, found.layers)
-            check_dense(found, parsed)
-            limit = limit if memory is None else memory_of(memory)
-            pages = Pages(parsed, memory=limit, shares=False)
-        except BaseException:
-            attachment.release()
-            raise
-        self._set(attachment, found, pages)
+        self._set(*opened(model, spec, budget=budget, memory=memory, tokens=tokens, batch=batch))
+
+    def __new__(cls, model: PreTrainedModel | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Of a model that reads a source, what transformers expects there: see `kvik.hf.source.ReaderCache`."""
+        if model is not None and model.config.is_encoder_decoder:
+            from kvik.hf.source import ReaderCache
+
+            return ReaderCache(model, *args, **kwargs)
+        return object.__new__(cls)
 
     def _set(self, attachment: Attachment, found: Found, pages: Pages) -> None:
         self.attachment, self.found, self.pages = attachment, found, pages
         self.batch = Batch(pages, {i: shape.window for i, shape in enumerate(found.layers)})
         super().__init__(layers=layers_of(self.batch, found, attachment.model.config.get_text_config(decoder=True)))
         self.closed = False
-        self._finish = weakref.finalize(self, _given_back, attachment, self.batch)
+        self._finish = weakref.finalize(self, given_back, attachment, self.batch)
 
     def enter(self, inputs: dict[str, Any]) -> None:
         """A forward of the model begins: called by its hook."""
@@ -249,6 +270,17 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no ty
             raise SequenceError("the cache is closed; make another")
 
 
+def made(attachment: Attachment, found: Found, pages: Pages) -> Any:
+    """A cache of parts that are there; the attachment is held."""
+    if found.sources:
+        from kvik.hf.source import ReaderCache
+
+        return ReaderCache.of(attachment, found, pages)
+    cache = object.__new__(Cache)
+    cache._set(attachment, found, pages)
+    return cache
+
+
 def find(attachment: Attachment) -> Found:
     """How a model asks: see `kvik.hf.finding`.
 
@@ -273,9 +305,8 @@ def _tried(attachment: Attachment, expected: list[Tensor]) -> str:
     """How what the model computes with kvik differs from what it should; nothing where it doesn't."""
     found = attachment.found
     assert found is not None, "it is what is tried"
-    cache = object.__new__(Cache)
-    spec = Spec.parse(found.codec, found.layers)
-    cache._set(attachment.hold(), found, Pages(spec, memory=_TRIAL_BYTES, shares=False))
+    spec = Spec.parse(found.codec, [*found.layers, *found.sources])
+    cache = made(attachment.hold(), found, Pages(spec, memory=_TRIAL_BYTES, shares=False))
     try:
         return differ(expected, tried(attachment.model, cache), found.dtype)
     except (ModelError, MemoryError):
@@ -292,6 +323,8 @@ def check_dense(found: Found, spec: Spec) -> None:
         return
     own = {(layer, head): shape.window for layer, shape in enumerate(found.layers) for head in range(shape.heads)}
     for group in spec.groups:
+        if group.source:
+            continue
         narrowed = any(group.retention.window != own[lane] for lane in group.lanes)
         if group.retention.policy is not None or narrowed:
             raise SpecError(
@@ -308,6 +341,6 @@ def positions_of(model: PreTrainedModel) -> int:
     return found
 
 
-def _given_back(attachment: Attachment, batch: Batch) -> None:
+def given_back(attachment: Attachment, batch: Batch) -> None:
     batch.clear()
     attachment.release()

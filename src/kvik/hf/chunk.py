@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvik.cache.sequence import Sequence
 from kvik.cache.step import Step
-from kvik.errors import SequenceError
+from kvik.errors import SequenceError, UsageError
 from kvik.hf.dense import spread_rows
 from kvik.hf.places import Places
 
@@ -35,12 +35,14 @@ class Query:
 
     Attributes:
         q: [B, H, n, D], as the model made them.
+        width: of a value.
         scale, softcap: of the scores.
         sinks: [H]: scores of a row that is not there and gives nothing (gpt-oss); None = none.
         bias: [1 or B, H, n, columns], added to scores; None = nothing.
     """
 
     q: Tensor
+    width: int
     scale: float
     softcap: float | None = None
     sinks: Tensor | None = None
@@ -56,8 +58,16 @@ class Reading(Protocol):
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values, decoded: [B, heads, columns, width] each; 0 where no row is."""
 
-    def window(self, layer: int) -> int | None:
-        """Columns that a query of this layer sees by the model's own account; None = all."""
+    def check(self, layer: int, window: int | None) -> None:
+        """Raises UsageError where the model's queries don't see what these rows were kept for.
+
+        Args:
+            window: columns that its mask lets a query see; None = all.
+        """
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query sees the rows before it alone; else all of them, and masks say nothing more than padding."""
 
 
 class Chunk:
@@ -88,8 +98,12 @@ class Chunk:
         q = query.q
         batch, heads, count, _ = q.shape
         if self.step is None:
-            return q.new_zeros((batch, count, heads, query.q.shape[-1]))
-        bias = None if query.bias is None else self._by_distance(query.bias)
+            return q.new_zeros((batch, count, heads, query.width))
+        return self._asked(layer, query, None if query.bias is None else self._by_distance(query.bias))
+
+    def _asked(self, layer: int, query: Query, bias: Tensor | None) -> Tensor:
+        q = query.q
+        assert self.step is not None, "there are tokens"
         found = self.step.attend(
             layer, self._taken(q), scale=query.scale, softcap=query.softcap, bias=bias,
             want_lse=query.sinks is not None,
@@ -103,9 +117,17 @@ class Chunk:
         """See `Reading`."""
         return spread_rows(self.rows, layer, self.real, self.dtype)
 
-    def window(self, layer: int) -> int | None:
+    def check(self, layer: int, window: int | None) -> None:
         """See `Reading`."""
-        return self._windows[layer]
+        if window != self._windows[layer]:
+            raise UsageError(
+                f"a layer's window is {self._windows[layer]} by the configuration, and its mask says {window}"
+            )
+
+    @property
+    def causal(self) -> bool:
+        """See `Reading`."""
+        return True
 
     def _taken(self, x: Tensor) -> Tensor:
         """[B, heads, n, width] → f32 [T, heads, width], the stored tokens' alone."""

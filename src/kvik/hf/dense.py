@@ -62,3 +62,35 @@ def _decoded(sequence: Sequence, number: int, lanes: slice) -> tuple[NDArray[np.
     rows = {name: unrotated(group.layout, name, x.view(len(pages), len(positions), -1)) for name, x in stored.items()}
     centre = cache.centres[number]
     return positions, rows if centre is None else {**rows, "k": rows["k"] + centre[lanes].unsqueeze(1)}
+
+
+def source_rows(rows: Seq[Sequence], layer: int, real: NDArray[np.bool_], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One layer's keys and values of the sources that a batch reads.
+
+    Args:
+        real: bool [B, columns of the encoder].
+
+    Returns:
+        Two tensors [B, heads, columns, width]; 0 where padding stood. Rows that read one source share its decoding.
+    """
+    cache = rows[0].cache
+    (part,) = cache.parts[layer]
+    group, size = cache.spec.groups[part.group], cache.spec.page_size
+    outs: dict[str, list[Tensor]] = {stream.name: [] for stream in group.layout.streams}
+    known: dict[int, dict[str, Tensor]] = {}
+    for row, sequence in enumerate(rows):
+        kept = sequence.tables[part.group].kept
+        assert kept is not None, "a sequence was opened with its source"
+        if int(kept.pages[part.lanes][0, 0]) not in known:
+            pages = torch.from_numpy(kept.pages[part.lanes].astype(np.int64)).to(cache.device)
+            stored = paged.decoded(cache.pages(group)[pages.flatten()], group.layout, size)
+            at = torch.from_numpy(np.flatnonzero(real[row]))
+            mine = {}
+            for name, values in stored.items():
+                x = unrotated(group.layout, name, values.view(len(pages), pages.shape[1] * size, -1))
+                mine[name] = x.new_zeros((len(pages), real.shape[1], x.shape[-1]), dtype=dtype)
+                mine[name][:, at] = x[:, : len(at)].to(dtype)
+            known[int(kept.pages[part.lanes][0, 0])] = mine
+        for name, values in known[int(kept.pages[part.lanes][0, 0])].items():
+            outs[name].append(values)
+    return torch.stack(outs["k"]), torch.stack(outs["v"])

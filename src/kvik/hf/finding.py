@@ -9,6 +9,7 @@ So no list of architectures is needed, and none is trusted.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ def kept_by(model: PreTrainedModel) -> tuple[Found, list[Tensor]]:
     count = max(len(kinds), max(recorder.shapes) + 1)
     kinds += [("full_attention", None)] * (count - len(kinds))
     layers = tuple(_shape(recorder.shapes.get(i), window) for i, (_, window) in enumerate(kinds))
-    sources = tuple(_shape(cross.shapes.get(i), None) for i in range(count)) if cross.shapes else ()
+    sources = tuple(_shape(cross.shapes.get(i), None, True) for i in range(count)) if cross.shapes else ()
     names = tuple(kind for kind, _ in kinds)
     return Found(layers, names, sources, recorder.dtype, attention_of(model)), states
 
@@ -116,6 +117,8 @@ def tried(model: PreTrainedModel, cache: object) -> list[Tensor]:
         width = model.config.get_text_config(encoder=True).hidden_size
         noise = torch.randn((ROWS, SOURCE, width), generator=torch.Generator().manual_seed(0))
         source["encoder_hidden_states"] = noise.to(device, model.dtype)
+        if "encoder_attention_mask" in inspect.signature(decoder.forward).parameters:
+            source["encoder_attention_mask"] = torch.ones((ROWS, SOURCE), dtype=torch.long, device=device).tril(1)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     out = []
@@ -160,8 +163,8 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def _shape(kept: tuple[torch.Size, torch.Size] | None, window: int | None) -> LayerShape:
+def _shape(kept: tuple[torch.Size, torch.Size] | None, window: int | None, source: bool = False) -> LayerShape:
     if kept is None:
-        return LayerShape(heads=0, streams=())
+        return LayerShape(heads=0, streams=(), source=source)
     k, v = kept
-    return LayerShape(heads=k[1], streams=(("k", k[3]), ("v", v[3])), window=window)
+    return LayerShape(heads=k[1], streams=(("k", k[3]), ("v", v[3])), window=window, source=source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from kvik.hf.chunk import Reading
@@ -17,15 +18,14 @@ class Handle:
     Attributes:
         reading: who answers queries over these rows.
         layer: whose rows they are.
-        shape: as the tensor's would be, [batch, heads, columns, width].
+        shape, dtype, device: as the tensor's would be, [batch, heads, columns, width].
     """
 
     __slots__ = ("device", "dtype", "layer", "reading", "shape")
 
-    def __init__(
-        self, reading: Reading, layer: int, shape: torch.Size, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.reading, self.layer, self.shape, self.dtype, self.device = reading, layer, shape, dtype, device
+    def __init__(self, reading: Reading, layer: int, like: Tensor, columns: int) -> None:
+        self.reading, self.layer, self.dtype, self.device = reading, layer, like.dtype, like.device
+        self.shape = torch.Size((*like.shape[:2], columns, like.shape[3]))
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """As of a tensor."""

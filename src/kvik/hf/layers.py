@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from kvik.errors import SequenceError
 from kvik.hf.batch import Batch
-from kvik.hf.chunk import Chunk
 from kvik.hf.dense import spread_rows
 from kvik.hf.finding import Found
 from kvik.hf.handle import Handle
@@ -65,7 +63,7 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
             first = self._first(self._batch.columns)
             return k[:, :, first:], v[:, :, first:]
         length = self.get_mask_sizes(key_states.shape[-2])[0]
-        return self._handle(chunk, key_states, length), self._handle(chunk, value_states, length)
+        return Handle(chunk, self._index, key_states, length), Handle(chunk, self._index, value_states, length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that a mask has, and the first of them."""
@@ -83,9 +81,6 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Nothing: the cache forgets its batch."""
-
-    def _handle(self, chunk: Chunk, x: Tensor, length: int) -> Handle:
-        return Handle(chunk, self._index, torch.Size((*x.shape[:2], length, x.shape[3])), x.dtype, x.device)
 
     def _first(self, columns: int) -> int:
         """The first column that the next token sees."""
