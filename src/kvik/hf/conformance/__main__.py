@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from kvik.errors import KvikError
+from kvik.errors import KvikError, UsageError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,7 +58,7 @@ def _run(asked: argparse.Namespace) -> int:
         print("\n".join(f"{case.name:26} {case.law}" for case in cases))
         return 0
     contenders = [contender(name, lossy=asked.lossy) for name in dict.fromkeys(asked.cache or ["dynamic"])]
-    text = Path(asked.write).read_text() if asked.write else ""
+    text = _read(asked.write) if asked.write else ""
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     found = []
@@ -77,6 +77,13 @@ def _run(asked: argparse.Namespace) -> int:
     if asked.write:
         Path(asked.write).write_text(view.between(text, view.markdown(contenders, cases, found, versions)))
     return int(any(finding.verdict.bad for finding in found))
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--write {name} can't be read: {error.strerror}; make it, with the two markers") from error
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ SOURCE = 12  # tokens (or frames, halved) that an encoder reads
 _SIZES: dict[str, Any] = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    tie_word_embeddings=False,
 )  # fmt: skip
 _MIXED = ["sliding_attention", "full_attention"]
 
@@ -101,7 +102,8 @@ def recurrent() -> Any:
 def relative() -> Any:
     """T5: encoder and decoder, a bias by distance."""
     sizes = dict(vocab_size=VOCAB, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0)
-    config = transformers.T5Config(**sizes, eos_token_id=None, pad_token_id=0, decoder_start_token_id=0)
+    ends = dict(eos_token_id=None, pad_token_id=0, decoder_start_token_id=0, tie_word_embeddings=False)
+    config = transformers.T5Config(**sizes, **ends)
     return transformers.T5ForConditionalGeneration(config)
 
 
@@ -151,7 +153,7 @@ def build(name: str, seed: int = SEED) -> Any:
 def _draw(key: str, weight: torch.Tensor) -> None:
     """Scores, states and logits of spread about 1. Norms stay as they are."""
     if weight.dim() > 1:
-        weight.normal_(0.0, 1.0 if "embed" in key or "bias" in key else 1.5 / weight.shape[-1] ** 0.5)
+        weight.normal_(0.0, 1.0 if "bias" in key else 1.5 / weight.shape[-1] ** 0.5)
     elif "bias" in key:
         weight.normal_(0.0, 0.1)
     elif "sinks" in key:

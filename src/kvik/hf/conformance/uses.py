@@ -105,10 +105,10 @@ def interrupted(given: Given) -> str:
         hook.remove()
     try:
         seen = [int(cache.get_seq_length(layer)) for layer in range(2)]
+        demand(seen == [FIRST] * 2, f"its layers count {seen} tokens; {FIRST} were read before")
         got = subject.feed(cache, [ids[FIRST:]])[0]
     except KvikError as refusal:
         return f"refuses to go on: {first_line(refusal)}"
-    demand(seen == [FIRST] * 2, f"its layers count {seen} tokens; {FIRST} were read before")
     moved = off(got, subject.exact(ids)[FIRST:])
     demand(moved <= given.slack(subject), f"logits off by {figure(moved)} after it")
     return f"off by {figure(moved)} after it"
