@@ -155,7 +155,9 @@ def test_a_table_goes_between_the_markers_of_a_file(tmp_path):
     file.write_text(f"before\n{view.BEGIN}\nold\n{view.END}\nafter\n")
     assert main(["--only", "alone", "--write", str(file)]) == 0
     text = file.read_text()
-    assert text.startswith(f"before\n{view.BEGIN}\n") and text.endswith(f"{view.END}\nafter\n") and "\nold\n" not in text
+    assert (
+        text.startswith(f"before\n{view.BEGIN}\n") and text.endswith(f"{view.END}\nafter\n") and "\nold\n" not in text
+    )
     assert f"| alone | {BY_NAME['alone'].law} | holds |" in text
     with pytest.raises(UsageError, match="has no lines"):
         view.between("nothing", "table")

@@ -51,8 +51,7 @@ def own_mask(given: Given) -> str:
     cache, got = given.cache(subject), []
     try:
         for start, stop in ((0, FIRST), (FIRST, FIRST + 1), (FIRST + 1, LENGTH)):
-            part, shown = ids[:, start:stop], mask[:, :, start:stop, :stop]
-            got.append(_masked(subject, cache, part, shown, start))
+            got.append(_masked(subject, cache, ids[:, start:stop], mask[:, :, start:stop, :stop], start))
     except (ValueError, TypeError, NotImplementedError, KvikError) as refusal:
         raise UnfitError(f"refuses: {first_line(refusal)}") from refusal
     moved = off(torch.cat(got), want)
@@ -61,6 +60,8 @@ def own_mask(given: Given) -> str:
 
 
 def _masked(subject: Subject, cache: Any, ids: Tensor, mask: Tensor, start: int) -> Tensor:
+    columns, _ = cache.get_mask_sizes(ids.shape[1], 0)
+    mask = torch.nn.functional.pad(mask, (0, int(columns) - mask.shape[-1]))
     positions = torch.arange(start, start + ids.shape[1])[None]
     output = subject.model(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True

@@ -14,17 +14,17 @@ from kvik.hf.conformance.caches import Contender
 from kvik.hf.conformance.cases import Case
 from kvik.hf.conformance.verdicts import Finding, Verdict
 
-WORDS = {Verdict.HOLDS: "holds", Verdict.BROKEN: "BROKEN", Verdict.CRASHED: "CRASHED", Verdict.UNFIT: "–"}
+WORDS = {Verdict.HOLDS: "holds", Verdict.BROKEN: "BROKEN", Verdict.CRASHED: "ERROR", Verdict.UNFIT: "–"}
 COLORS = {Verdict.HOLDS: "green", Verdict.BROKEN: "bold red", Verdict.CRASHED: "red", Verdict.UNFIT: "dim"}
 BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 
 
 def render(console: Console, contenders: Sequence[Contender], cases: Sequence[Case], found: Sequence[Finding]) -> None:
     """A table of cases and caches, then what was seen wherever something is wrong or does not apply."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
     for contender in contenders:
-        table.add_column(contender.name)
+        table.add_column(contender.name, overflow="fold")
     by = {(finding.case, finding.cache): finding for finding in found}
     for case in cases:
         row = [by[case.name, contender.name].verdict for contender in contenders]
