@@ -58,10 +58,7 @@ def test_a_model_that_reads_a_source_keeps_it_once(name):
             assert torch.equal(got, expected), more
             cache.pages.check()
             assert cache.found.direct, cache.describe()
-            rows = (
-                int(inputs["attention_mask"].sum())
-                if "attention_mask" in inputs
-                else 16 * len(inputs["input_features"])
-            )
+            sound = inputs.get("input_features", ())
+            rows = 16 * len(sound) or int(inputs["attention_mask"].sum())
             stored = sum(block.rows for block in cache.pages.index)
             assert stored == rows, "each source once, and no padding"

@@ -13,9 +13,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvik.hf.cache import Cache as Cache
+    from kvik.hf.front import Cache as Cache
+    from kvik.hf.prefix import PrefixCache as PrefixCache
 
-_HOMES = {"Cache": "kvik.hf.cache"}
+_HOMES = {"Cache": "kvik.hf.front", "PrefixCache": "kvik.hf.prefix"}
 __all__ = sorted(_HOMES)
 
 

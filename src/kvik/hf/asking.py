@@ -63,9 +63,7 @@ def _attention(
     if kwargs.get("output_attentions"):
         raise UsageError("attention over pages has no weights to return; leave out output_attentions")
     reading, layer = key.reading, key.layer
-    if (
-        isinstance(attention_mask, Tensor) and reading.causal
-    ):  # a mask of its own, such as images have: over decoded rows
+    if isinstance(attention_mask, Tensor) and reading.causal:  # one of its own, such as images have
         k, v = reading.dense(layer)
         return _own(original, module, query, k, v, attention_mask, scaling, kwargs)
     _check(module, reading, layer, attention_mask, kwargs)

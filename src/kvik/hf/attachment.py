@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from kvik.hf.asking import name_for
 from kvik.hf.finding import Found
+from kvik.hf.pieces import Pieces
 
 
 class Stepping(Protocol):
@@ -24,6 +25,9 @@ class Stepping(Protocol):
     @property
     def attachment(self) -> Attachment:
         """The model that it was made for."""
+
+    def cut(self, forward: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Pieces | None]:
+        """A forward is about to begin, and may go through the model in pieces."""
 
     def enter(self, inputs: dict[str, Any]) -> None:
         """A forward begins."""
@@ -45,7 +49,7 @@ class Attachment:
         self.model, self.decoder = model, model.get_decoder()
         self._users = 0
         self._hooks: list[Any] = []
-        self._stack: list[tuple[nn.Module, Stepping]] = []
+        self._stack: list[tuple[nn.Module, Stepping, Pieces | None]] = []
         self._own: list[tuple[PretrainedConfig, str]] = []
         self.found: Found | None = None
 
@@ -69,29 +73,34 @@ class Attachment:
             self._hooks.clear()
             self._restore()
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward begins, perhaps inside another's."""
+    def before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """A forward begins, perhaps inside another's. Returns other inputs for it, if it gets others."""
         inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
         cache: Stepping | None = inputs.get("past_key_values")
         if getattr(cache, "attachment", None) is not self or cache is None:
-            return
+            return None
         if self._stack and self._stack[-1][1] is cache and self._stack[-1][0] is not module:
-            return  # the outer one has opened the step
+            return None  # the outer one has opened the step
         self._stack = [each for each in self._stack if each[1] is not cache]  # left over from one that was interrupted
+        inputs, pieces = cache.cut(module, inputs)
         cache.enter(inputs)
-        self._stack.append((module, cache))
+        self._stack.append((module, cache, pieces))
         if self.found is not None and self.found.direct and not self._own:
             self._own = [(config, config._attn_implementation) for config in configs_of(self.decoder)]
             for config, original in self._own:
                 config._attn_implementation_internal = name_for(original or "eager")
+        return None if pieces is None else ((), inputs)
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: object) -> object:
         if not self._stack or self._stack[-1][0] is not module:
-            return
-        _, cache = self._stack.pop()
+            return None
+        _, cache, pieces = self._stack.pop()
         if not self._stack:
             self._restore()
         cache.leave(output is not None)
+        return None if pieces is None or output is None else pieces.joined(output)
 
     def _restore(self) -> None:
         for config, original in self._own:
@@ -105,8 +114,8 @@ class _Before:
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.attachment.before(module, args, kwargs)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        return self.attachment.before(module, args, kwargs)
 
 
 def attachment_of(model: PreTrainedModel, find: Callable[[Attachment], Found]) -> Attachment:

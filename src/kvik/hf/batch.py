@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from kvik.cache.cache import Cache
+from kvik.cache.image import image, restored
 from kvik.cache.sequence import Sequence
-from kvik.errors import SequenceError
+from kvik.errors import SequenceError, StorageError
 from kvik.hf.chunk import Bools, Chunk
 from kvik.hf.places import Places
 
@@ -25,6 +27,7 @@ class Batch:
         windows: of each layer, as the model has them.
         recording: a crop follows each forward, and says what stays; nothing is settled before it.
         chunk: the forward that goes on.
+        cutting: a forward goes through the model piece by piece.
         sources: of a new batch's rows, where the model reads any: their digests.
     """
 
@@ -35,12 +38,42 @@ class Batch:
         self.recording = False
         self.chunk: Chunk | None = None
         self.sources: list[bytes] = []
+        self.cutting = False
         self._real = np.zeros((0, 0), bool)
 
     @property
     def real(self) -> Bools:
         """Where tokens stand: bool [rows, columns]."""
         return self._real[:, : self.columns]
+
+    @property
+    def may_share(self) -> bool:
+        """Whether rows of one input may have one past: they begin, or their tokens are known."""
+        return self.columns == 0 or self.cache.shares
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a policy may want to choose in the middle of a forward."""
+        return any(group.retention.policy is not None for group in self.cache.spec.groups)
+
+    def expect(self, batch: int, count: int, mask: Tensor | None) -> None:
+        """Says what comes before it is cut: so many columns, of which a row's tokens are a prompt, if they are many."""
+        self.abandon()
+        self._fit(batch)
+        new = self._joined(count, mask)[:, self.columns :].sum(axis=1)
+        for sequence, tokens in zip(self.sequences, new.tolist(), strict=True):
+            if tokens > 1 and not (self.recording and len(sequence)):
+                sequence.prompt = len(sequence) + tokens
+
+    def room(self, count: int, mask: Tensor | None) -> int:
+        """How many of so many new columns may come in one step: no row passes a position where its policy chooses."""
+        self.settle()
+        new = self._joined(count, mask)[:, self.columns :]
+        for sequence, row in zip(self.sequences, new, strict=True):
+            at, places = sequence.next_trigger, np.flatnonzero(row)
+            if at is not None and len(sequence) + len(places) > at:
+                count = min(count, int(places[at - len(sequence)]))
+        return count
 
     def begin(self, batch: int, count: int, ids: Tensor | None, mask: Tensor | None, twins: list[int]) -> Chunk:
         """Opens a step for a forward's new columns.
@@ -49,7 +82,7 @@ class Batch:
             batch, count: rows, and new columns.
             ids: their tokens, [batch, count]; None = not known, as the model was given embeddings.
             mask: [batch, columns and new ones, or more]: 0 where padding stands; None = nowhere.
-            twins: see `Chunk`; rows that have a past are never twins.
+            twins: see `Chunk`; of rows with another past none is a twin.
 
         Raises:
             SequenceError: the batch or the mask doesn't fit what is held.
@@ -58,8 +91,7 @@ class Batch:
         self.abandon()
         self._fit(batch)
         self.settle()
-        fresh = not any(len(sequence) for sequence in self.sequences)
-        twins = twins if fresh else list(range(batch))
+        twins = [twin if self._alike(row, twin) else row for row, twin in enumerate(twins)]
         real = self._joined(count, mask)
         stored, chunks, tokens = [], [], None if ids is None else ids.tolist()
         for row, sequence in enumerate(self.sequences):
@@ -72,8 +104,6 @@ class Batch:
             if len(columns) and twins[row] == row:
                 if tokens is None:
                     sequence._publishes = False
-                if len(columns) > 1 and not (self.recording and len(sequence)):
-                    sequence.prompt = len(sequence) + len(columns)
                 chunks.append((sequence, mine))
         step = self.cache.step(chunks).__enter__() if chunks else None
         rows = [self.sequences[twin] for twin in twins]
@@ -165,10 +195,32 @@ class Batch:
         self.clear()
         self.sequences, self._real, self.columns = sequences, real.copy(), real.shape[1]
 
+    def image(self) -> dict[str, Tensor]:
+        """Everything, as tensors: see `kvik.cache.image`."""
+        self._check_idle()
+        self.settle()
+        return {**image(self.sequences), "real": torch.from_numpy(self.real)}
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """What `image` gave, into a batch that is empty.
+
+        Raises:
+            StorageError: it isn't that.
+            BudgetError: it doesn't fit.
+        """
+        real = tensors.get("real")
+        if real is None or real.dtype != torch.bool or real.dim() != 2:
+            raise StorageError("'real' is not what a saved cache holds there; save the cache again")
+        sequences = restored(self.cache, tensors)
+        self.adopt(sequences, real.numpy())
+        if real.shape[0] != len(sequences) or [len(s) for s in sequences] != real.sum(1).tolist():
+            raise StorageError("'real' does not say where the tokens stand; save the cache again")
+
     def _fit(self, batch: int) -> None:
         """Opens sequences for a new batch; one row serves all rows of a larger one."""
         if not self.sequences:
-            self.sequences = [self.cache.open(source=source) for source in self.sources or [None] * batch]
+            sources: Seq[bytes | None] = self.sources or [None] * batch
+            self.sequences = [self.cache.open(source=source) for source in sources]
             self._real = np.zeros((batch, 0), bool)
         elif len(self.sequences) == 1 and batch > 1:
             self.select([0] * batch)
@@ -206,6 +258,11 @@ class Batch:
             self._real = wider
         self._real[:, self.columns : end] = real[:, self.columns :]
         self.columns = end
+
+    def _alike(self, row: int, twin: int) -> bool:
+        """Whether two rows have the same past."""
+        mine, other = self.sequences[row], self.sequences[twin]
+        return row == twin or (mine.tokens == other.tokens and np.array_equal(self.real[row], self.real[twin]))
 
     def _check_known(self, sequence: Sequence, tokens: list[int], known: int) -> None:
         """Tokens whose rows are shared already must be the ones that come."""

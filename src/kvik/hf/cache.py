@@ -1,68 +1,33 @@
-"""The cache that `generate()` is given: transformers' interface over kvik's sequences.
-
-cache = kvik.hf.Cache(model, "k8v4")
-out = model.generate(**inputs, past_key_values=cache)
-print(cache.describe())
-cache.close()                                   # or `with kvik.hf.Cache(model) as cache:`
-"""
+"""transformers' interface over kvik's sequences: what `kvik.hf.Cache` is, once it is known how the model asks."""
 
 from __future__ import annotations
 
+import os
 import weakref
 from types import TracebackType
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from kvik.cache.cache import Cache as Pages
 from kvik.cache.spec import Bytes, Spec
-from kvik.errors import ModelError, SequenceError, SpecError
-from kvik.hf.attachment import Attachment, attachment_of
+from kvik.errors import SequenceError
+from kvik.hf import files
+from kvik.hf.attachment import Attachment
 from kvik.hf.batch import Batch
 from kvik.hf.chunk import same_rows
-from kvik.hf.finding import Found, differ, kept_by, reason, refused, tried
+from kvik.hf.finding import Found
 from kvik.hf.layers import layers_of
+from kvik.hf.pieces import Pieces, by_pieces
 from kvik.hf.report import describe
-from kvik.hf.sizes import memory_of, spec_within
-
-_TRIAL_BYTES = 64 << 20
 
 
-def opened(
-    model: PreTrainedModel,
-    spec: str | None,
-    *,
-    budget: int | str | None = None,
-    memory: int | str | None = None,
-    tokens: int | None = None,
-    batch: int = 1,
-    shares: bool = False,
-) -> tuple[Attachment, Found, Pages]:
-    """What a cache of a model is made of: see `Cache`."""
-    if spec is not None and budget is not None:
-        raise SpecError("spec and budget were both given, and a budget chooses the spec; give one of them")
-    attachment = attachment_of(model, find)
-    try:
-        found = attachment.found
-        assert found is not None, "an attachment has looked"
-        limit = memory_of(memory if budget is None else budget)
-        text = found.codec if spec is None else spec
-        if budget is not None and limit is not None:
-            text = spec_within(found, limit, tokens or positions_of(model), batch)
-        parsed = Spec.parse(text, [*found.layers, *found.sources])
-        check_dense(found, parsed)
-        limit = limit if memory is None else memory_of(memory)
-        return attachment, found, Pages(parsed, memory=limit, shares=shares)
-    except BaseException:
-        attachment.release()
-        raise
-
-
-class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no types
+class TextCache(transformers.Cache):  # type: ignore[misc]  # transformers has no types
     """Keys and values of one batch, as a kvik spec keeps them; give it to `generate(past_key_values=…)`.
+
+    Made by `kvik.hf.Cache` and `kvik.hf.PrefixCache.open`.
 
     Attributes:
         pages: kvik's own cache, which holds the rows.
@@ -70,65 +35,71 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no ty
         attachment: what it put on the model.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        spec: str | None = None,
-        *,
-        budget: int | str | None = None,
-        memory: int | str | None = None,
-        tokens: int | None = None,
-        batch: int = 1,
-    ) -> None:
+    def __init__(self, attachment: Attachment, found: Found, pages: Pages) -> None:
         """
         Args:
-            model: the one that will be run with it.
-            spec: what is kept, as in `kvik.Spec.parse`; None = every row in the model's own precision.
-            budget: bytes to live within, as a number or "512MiB": the most exact spec that fits is taken.
-            memory: the most bytes that are ever held; None = the budget, or half of what the machine has left.
-            tokens, batch: for a budget: columns and rows to expect; None = as many tokens as the model has positions.
-
-        Raises:
-            SpecError: the spec can't be read, or doesn't fit this model; or spec and budget were both given.
-            BudgetError: there is less memory, or nothing fits the budget.
-            ModelError: the model keeps no keys and values, or its attention can't be served.
+            attachment: held for it.
+            found: how the model asks.
+            pages: where rows are kept.
         """
-        self._set(*opened(model, spec, budget=budget, memory=memory, tokens=tokens, batch=batch))
-
-    def __new__(cls, model: PreTrainedModel | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Of a model that reads a source, what transformers expects there: see `kvik.hf.source.ReaderCache`."""
-        if model is not None and model.config.is_encoder_decoder:
-            from kvik.hf.source import ReaderCache
-
-            return ReaderCache(model, *args, **kwargs)
-        return object.__new__(cls)
-
-    def _set(self, attachment: Attachment, found: Found, pages: Pages) -> None:
         self.attachment, self.found, self.pages = attachment, found, pages
         self.batch = Batch(pages, {i: shape.window for i, shape in enumerate(found.layers)})
         super().__init__(layers=layers_of(self.batch, found, attachment.model.config.get_text_config(decoder=True)))
         self.closed = False
         self._finish = weakref.finalize(self, given_back, attachment, self.batch)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes every row to one safetensors file, from which `load` goes on with the same tokens.
+
+        Raises:
+            SequenceError: there is nothing to save, or the model has recurrent states, which are not in rows.
+            StorageError: the file can't be written.
+        """
+        self._check()
+        if not self.batch.sequences:
+            raise SequenceError("the cache is empty; give it to a model first")
+        if self.recurrent:
+            raise SequenceError("this model's recurrent states are not in rows, and are not saved")
+        files.write(path, self.batch.image(), files.about(self.attachment.model, self.spec))
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Takes what a file holds; the cache is empty.
+
+        Raises:
+            StorageError: it isn't what such a cache holds.
+            BudgetError: it doesn't fit.
+        """
+        self.batch.take(tensors)
+
     def enter(self, inputs: dict[str, Any]) -> None:
         """A forward of the model begins: called by its hook."""
         self._check()
-        ids, embeddings = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        given = ids if ids is not None else embeddings
-        if given is None:
-            raise SequenceError("the model was given neither input_ids nor inputs_embeds")
         if inputs.get("use_cache") is False:
             raise SequenceError(
                 "the model was given a cache and use_cache=False, as its configuration may say: every step "
                 "would store the whole text again; give generate(use_cache=True)"
             )
-        rows, count = given.shape[:2]
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        fresh = rows > 1 and self.batch.columns == 0
-        inputs = {name: x for name, x in inputs.items() if x is not self}
-        twins = same_rows(rows, inputs) if fresh and not self.attachment.model.training else list(range(rows))
-        self.batch.begin(rows, count, ids, mask, twins)
+        rows, count, mask = size_of(inputs)
+        twins = list(range(rows))
+        if rows > 1 and count > 1 and self.batch.may_share and not self.attachment.model.training:
+            twins = same_rows(rows, {name: x for name, x in inputs.items() if x is not self})
+        self.batch.begin(rows, count, inputs.get("input_ids"), mask, twins)
+
+    def cut(self, forward: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Pieces | None]:
+        """Takes what comes before a policy's positions through the model; what is left of a forward, and what came out.
+        See `kvik.hf.pieces`."""
+        batch = self.batch
+        if not batch.cuts or batch.cutting:
+            return inputs, None
+        self._check()
+        rows, count, mask = size_of(inputs)
+        batch.expect(rows, count, mask)
+        end = batch.columns + count
+        batch.cutting = True
+        try:
+            return by_pieces(forward, inputs, count, lambda: batch.room(end - batch.columns, mask))
+        finally:
+            batch.cutting = False
 
     def leave(self, done: bool) -> None:
         """The forward is over: called by the model's hook."""
@@ -163,13 +134,13 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no ty
                 f"means nothing now; give -{tokens_to_remove} to remove so many columns"
             )
         self.batch.crop(-tokens_to_remove)
-        for layer in self._recurrent():
+        for layer in self.recurrent:
             layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Makes row i what row beam_idx[i] was: tables are copied, rows are shared."""
         self._select(beam_idx.tolist())
-        for layer in self._recurrent():
+        for layer in self.recurrent:
             layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -185,14 +156,14 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no ty
     def activate_past_recording(self) -> None:
         """From now on a crop follows each forward: nothing leaves before it."""
         self.batch.recording = True
-        for layer in self._recurrent():
+        for layer in self.recurrent:
             layer.activate_past_recording()
 
     def reset(self) -> None:
         """Forgets every row; the next forward begins a new batch."""
         self._check()
         self.batch.clear()
-        for layer in self._recurrent():
+        for layer in self.recurrent:
             layer.reset()
 
     def close(self) -> None:
@@ -224,7 +195,7 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no ty
         """What is kept, where attention reads it and why, and what it takes."""
         return describe(self.found, self.batch)
 
-    def __enter__(self) -> Cache:
+    def __enter__(self) -> TextCache:
         return self
 
     def __exit__(
@@ -236,13 +207,12 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no ty
         """True, whatever it holds: `if cache:` asks whether there is one."""
         return True
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Cache:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TextCache:
         """Another cache with the same past, which shares its pages."""
         self._check()
-        if self._recurrent():
+        if self.recurrent:
             raise SequenceError("this model's recurrent states can't be shared; prefill a cache for each use")
-        twin = object.__new__(type(self))
-        twin._set(self.attachment.hold(), self.found, self.pages)
+        twin = TextCache(self.attachment.hold(), self.found, self.pages)
         twin.adopt(self.batch.twin())
         return twin
 
@@ -259,7 +229,8 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no ty
         self._check()
         self.batch.select(rows)
 
-    def _recurrent(self) -> list[Any]:
+    @property
+    def recurrent(self) -> list[Any]:
         """Layers that hold a state of their own."""
         return [
             layer for layer in self.layers if isinstance(layer, transformers.cache_utils.LinearAttentionCacheLayerMixin)
@@ -270,75 +241,18 @@ class Cache(transformers.Cache):  # type: ignore[misc]  # transformers has no ty
             raise SequenceError("the cache is closed; make another")
 
 
-def made(attachment: Attachment, found: Found, pages: Pages) -> Any:
-    """A cache of parts that are there; the attachment is held."""
-    if found.sources:
-        from kvik.hf.source import ReaderCache
-
-        return ReaderCache.of(attachment, found, pages)
-    cache = object.__new__(Cache)
-    cache._set(attachment, found, pages)
-    return cache
-
-
-def find(attachment: Attachment) -> Found:
-    """How a model asks: see `kvik.hf.finding`.
+def size_of(inputs: dict[str, Any]) -> tuple[int, int, Tensor | None]:
+    """Rows and columns of what a forward was given, and where its padding stands.
 
     Raises:
-        ModelError: it can't be served.
+        SequenceError: it was given no tokens.
     """
-    model = attachment.model
-    found, expected = kept_by(model)
-    why = ""
-    for direct in (True, False):
-        attachment.found = Found(**{**vars(found), "direct": direct, "why": why})
-        gap = _tried(attachment, expected)
-        if not gap:
-            return attachment.found
-        if not direct:
-            raise refused(model, why, gap)
-        why = gap
-    raise AssertionError("one of the two was decided")
-
-
-def _tried(attachment: Attachment, expected: list[Tensor]) -> str:
-    """How what the model computes with kvik differs from what it should; nothing where it doesn't."""
-    found = attachment.found
-    assert found is not None, "it is what is tried"
-    spec = Spec.parse(found.codec, [*found.layers, *found.sources])
-    cache = made(attachment.hold(), found, Pages(spec, memory=_TRIAL_BYTES, shares=False))
-    try:
-        return differ(expected, tried(attachment.model, cache), found.dtype)
-    except (ModelError, MemoryError):
-        raise
-    except Exception as error:  # whatever a model does with what it can't compute with
-        return reason(error)
-    finally:
-        cache.close()
-
-
-def check_dense(found: Found, spec: Spec) -> None:
-    """Raises SpecError where rows would leave that decoded attention can't do without."""
-    if found.direct:
-        return
-    own = {(layer, head): shape.window for layer, shape in enumerate(found.layers) for head in range(shape.heads)}
-    for group in spec.groups:
-        if group.source:
-            continue
-        narrowed = any(group.retention.window != own[lane] for lane in group.lanes)
-        if group.retention.policy is not None or narrowed:
-            raise SpecError(
-                f"spec {str(spec)!r}: {group.retention} lets rows leave, but this model's own code computes with "
-                f"all of them ({found.why}); give codecs alone, such as 'int8'"
-            )
-
-
-def positions_of(model: PreTrainedModel) -> int:
-    """Positions that a model was made for, as its configuration says."""
-    found = model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
-    if not isinstance(found, int):
-        raise SpecError("this model's configuration doesn't say how many positions it has; give tokens=… with a budget")
-    return found
+    ids = inputs.get("input_ids")
+    given = inputs.get("inputs_embeds") if ids is None else ids
+    if given is None:
+        raise SequenceError("the model was given neither input_ids nor inputs_embeds")
+    mask = inputs.get("attention_mask")
+    return *given.shape[:2], mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 def given_back(attachment: Attachment, batch: Batch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kvik.cache.arena import SLAB
 from kvik.cache.spec import Spec
 from kvik.errors import BudgetError
 from kvik.hf.finding import Found
@@ -23,8 +24,9 @@ def spec_within(found: Found, budget: int, tokens: int, batch: int) -> str:
     """
     needed = 0
     for text in (found.codec, *(codec for codec in LADDER if codec != found.codec)):
-        peak = Spec.parse(text, found.layers).peak(tokens)
-        needed = batch * (peak.payload + peak.overhead)
+        spec = Spec.parse(text, found.layers)
+        peak, kinds = spec.peak(tokens), {group.page_bytes for group in spec.groups}
+        needed = batch * (peak.payload + peak.overhead) + len(kinds) * SLAB  # pages of a size share slabs
         if needed <= budget:
             return text
     raise BudgetError(

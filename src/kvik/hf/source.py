@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvik.cache.cache import Cache as Pages
@@ -27,11 +26,12 @@ from kvik.cache.spec import Bytes, Spec
 from kvik.errors import SequenceError
 from kvik.hf.attachment import Attachment
 from kvik.hf.batch import Batch
-from kvik.hf.cache import Cache, given_back, opened
+from kvik.hf.cache import TextCache, given_back
 from kvik.hf.chunk import Bools, Chunk, Query, same_rows
 from kvik.hf.dense import source_rows
 from kvik.hf.finding import Found
 from kvik.hf.handle import Handle
+from kvik.hf.pieces import Pieces
 
 
 class Over:
@@ -188,19 +188,9 @@ class SourceLayer(CacheLayerMixin):  # type: ignore[misc]
 class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
     """What `kvik.hf.Cache(model)` is where the model reads a source: see there for its arguments."""
 
-    def __init__(self, model: PreTrainedModel, spec: str | None = None, **settings: Any) -> None:
-        self._set(*opened(model, spec, **settings))
-
-    @classmethod
-    def of(cls, attachment: Attachment, found: Found, pages: Pages) -> ReaderCache:
-        """Of parts that are there."""
-        cache = cls.__new__(cls)
-        cache._set(attachment, found, pages)
-        return cache
-
-    def _set(self, attachment: Attachment, found: Found, pages: Pages) -> None:
-        text = object.__new__(Cache)
-        text._set(attachment, found, pages)
+    def __init__(self, attachment: Attachment, found: Found, pages: Pages) -> None:
+        """See `kvik.hf.cache.TextCache`."""
+        text = TextCache(attachment, found, pages)
         text._finish.detach()
         self.attachment, self.found, self.pages, self.batch = attachment, found, pages, text.batch
         super().__init__(text, Sources(text.batch, found))
@@ -219,6 +209,10 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
             self.cross_attention_cache.end(error)
             raise
 
+    def cut(self, forward: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Pieces | None]:
+        """A text's forward is never cut here: a decoder's prompt is short. Raises SequenceError where it would be."""
+        return inputs, None
+
     def leave(self, done: bool) -> None:
         """It is over: called by the decoder's hook."""
         first = self.batch.columns == 0
@@ -228,20 +222,20 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
             self.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """See `Cache.crop`; sources stay."""
+        """See `TextCache.crop`; sources stay."""
         self.self_attention_cache.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """See `Cache.reorder_cache`."""
+        """See `TextCache.reorder_cache`."""
         self.self_attention_cache.reorder_cache(beam_idx)
         self.cross_attention_cache.select(beam_idx.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """See `Cache.batch_repeat_interleave`."""
+        """See `TextCache.batch_repeat_interleave`."""
         self.reorder_cache(torch.arange(len(self.batch.sequences)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """See `Cache.batch_select_indices`."""
+        """See `TextCache.batch_select_indices`."""
         self.reorder_cache(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def reset(self) -> None:
@@ -250,10 +244,11 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
         for layer in self.cross_attention_cache.layers:
             layer.reset()
         self.cross_attention_cache.select([])
-        self.is_updated = dict.fromkeys(self.is_updated, False)
+        for layer in range(len(self.found.sources)):
+            self.is_updated[layer] = False
 
     def close(self) -> None:
-        """See `Cache.close`."""
+        """See `TextCache.close`."""
         self.self_attention_cache.closed = True
         self._finish()
 
@@ -268,7 +263,7 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
         return self.pages.spec
 
     def describe(self) -> str:
-        """See `Cache.describe`."""
+        """See `TextCache.describe`."""
         text: str = self.self_attention_cache.describe()
         return text
 
