@@ -70,24 +70,16 @@ def test_what_close_takes_back_is_not_left_behind():
     assert found.verdict is Verdict.HOLDS and found.seen == "as before, after close()"
 
 
-@pytest.mark.parametrize(
-    ("body", "verdict"),
-    [
-        ("from transformers import AttentionInterface as A\nA.register('mine', print)", Verdict.BROKEN),
-        ("from transformers.models.llama import modeling_llama as m\nm.LlamaAttention.forward = print", Verdict.BROKEN),
-        ("", Verdict.HOLDS),
-    ],
-    ids=["registers", "patches a class", "changes nothing"],
-)
-def test_an_import_that_changes_transformers_is_seen(tmp_path, monkeypatch, body, verdict):
-    (tmp_path / "imported.py").write_text(body)
-    monkeypatch.syspath_prepend(tmp_path)
-    found = examine(
-        Given(Contender("mine", "", lambda model, room: Right(model), "imported")), BY_NAME["no-patch-at-import"]
+def test_an_import_that_changes_transformers_is_seen(tmp_path, monkeypatch):
+    (tmp_path / "imported.py").write_text(
+        "from transformers import AttentionInterface\nfrom transformers.models.llama import modeling_llama\n"
+        "AttentionInterface.register('mine', print)\nmodeling_llama.LlamaAttention.forward = print\n"
     )
-    assert found.verdict is verdict, found.seen
-    if verdict is Verdict.BROKEN:
-        assert "transformers.m" in found.seen
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = Contender("mine", "", lambda model, room: Right(model), "imported")
+    found = examine(Given(mine), BY_NAME["no-patch-at-import"])
+    assert found.verdict is Verdict.BROKEN
+    assert "ALL_ATTENTION_FUNCTIONS[mine]" in found.seen and "LlamaAttention.forward" in found.seen
 
 
 def test_a_refusal_is_no_break_and_names_its_reason():
