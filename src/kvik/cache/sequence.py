@@ -168,12 +168,11 @@ class Sequence:
             BudgetError: others hold pages of rows that stay, and there is no room to move those elsewhere.
         """
         self._check()
-        if accepted is not None:
-            pending = len(self.tokens) - self._settled
-            if not 0 <= accepted <= pending:
-                raise SequenceError(
-                    f"settle({accepted}): {pending} tokens were appended since the last settle; give 0 to {pending}"
-                )
+        if accepted is not None and not 0 <= accepted <= self.pending:
+            pending = self.pending
+            raise SequenceError(
+                f"settle({accepted}): {pending} tokens were appended since the last settle; give 0 to {pending}"
+            )
         end = len(self.tokens) if accepted is None else self._settled + accepted
         self._check_shown(end)
         if accepted is not None:
@@ -238,6 +237,11 @@ class Sequence:
         if dropped:
             self.cache.emit(events.Dropped(self.number, len(self.tokens), dropped))
             tidy(self.cache)
+
+    @property
+    def pending(self) -> int:
+        """How many tokens were appended since the last settle."""
+        return len(self.tokens) - self._settled
 
     @property
     def next_trigger(self) -> int | None:

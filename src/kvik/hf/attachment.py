@@ -77,7 +77,7 @@ class Attachment:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A forward begins, perhaps inside another's. Returns other inputs for it, if it gets others."""
-        inputs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+        inputs = named(module, args, kwargs) if args else kwargs
         cache: Stepping | None = inputs.get("past_key_values")
         if getattr(cache, "attachment", None) is not self or cache is None:
             return None
@@ -135,6 +135,14 @@ def attachment_of(model: PreTrainedModel, find: Callable[[Attachment], Found]) -
         raise
     model._kvik_found = attachment.found
     return attachment
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's inputs by name."""
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    rest = [p.name for p in bound.signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
+    more = {name: x for part in rest for name, x in bound.arguments.get(part, {}).items()}
+    return {**{name: x for name, x in bound.arguments.items() if name not in rest}, **more}
 
 
 def configs_of(decoder: nn.Module) -> list[PretrainedConfig]:

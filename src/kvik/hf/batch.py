@@ -28,6 +28,7 @@ class Batch:
         recording: a crop follows each forward, and says what stays; nothing is settled before it.
         chunk: the forward that goes on.
         cutting: a forward goes through the model piece by piece.
+        begun: a forward came since a crop was said to follow each.
         sources: of a new batch's rows, where the model reads any: their digests.
     """
 
@@ -38,7 +39,7 @@ class Batch:
         self.recording = False
         self.chunk: Chunk | None = None
         self.sources: list[bytes] = []
-        self.cutting = False
+        self.cutting = self.begun = False
         self._real = np.zeros((0, 0), bool)
 
     @property
@@ -56,14 +57,20 @@ class Batch:
         """Whether a policy may want to choose in the middle of a forward."""
         return any(group.retention.policy is not None for group in self.cache.spec.groups)
 
-    def expect(self, batch: int, count: int, mask: Tensor | None) -> None:
-        """Says what comes before it is cut: so many columns, of which a row's tokens are a prompt, if they are many."""
+    def expect(self, batch: int, count: int, guesses: int, mask: Tensor | None) -> None:
+        """Says what comes before it is cut: so many columns, of which a row's tokens are a prompt, if they are many.
+
+        Args:
+            guesses: last columns that may be, where a crop follows each forward: of the first one after it was said so.
+        """
         self.abandon()
         self._fit(batch)
-        new = self._joined(count, mask)[:, self.columns :].sum(axis=1)
+        end = self.columns + count - (guesses if self.recording else 0)
+        new = self._joined(count, mask)[:, self.columns : end].sum(axis=1)
         for sequence, tokens in zip(self.sequences, new.tolist(), strict=True):
-            if tokens > 1 and not (self.recording and len(sequence)):
+            if tokens > 1 and not (self.recording and self.begun):
                 sequence.prompt = len(sequence) + tokens
+        self.begun = True
 
     def room(self, count: int, mask: Tensor | None) -> int:
         """How many of so many new columns may come in one step: no row passes a position where its policy chooses."""
@@ -135,7 +142,8 @@ class Batch:
     def settle(self) -> None:
         """What is here stays: policies choose, and what no later token sees leaves."""
         for sequence in self.sequences:
-            sequence.settle()
+            if sequence.pending:  # else a policy would choose twice at one position
+                sequence.settle()
 
     def select(self, rows: Seq[int]) -> None:
         """Makes row i what row rows[i] is: a fork, where that is wanted more than once; rows nobody wants are closed.

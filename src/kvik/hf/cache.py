@@ -93,7 +93,8 @@ class TextCache(transformers.Cache):  # type: ignore[misc]  # transformers has n
             return inputs, None
         self._check()
         rows, count, mask = size_of(inputs)
-        batch.expect(rows, count, mask)
+        keep = inputs.get("logits_to_keep")
+        batch.expect(rows, count, keep - 1 if isinstance(keep, int) and keep else 0, mask)
         end = batch.columns + count
         batch.cutting = True
         try:
@@ -155,7 +156,7 @@ class TextCache(transformers.Cache):  # type: ignore[misc]  # transformers has n
 
     def activate_past_recording(self) -> None:
         """From now on a crop follows each forward: nothing leaves before it."""
-        self.batch.recording = True
+        self.batch.recording, self.batch.begun = True, False
         for layer in self.recurrent:
             layer.activate_past_recording()
 

@@ -64,6 +64,12 @@ def _decoded(sequence: Sequence, number: int, lanes: slice) -> tuple[NDArray[np.
     return positions, rows if centre is None else {**rows, "k": rows["k"] + centre[lanes].unsqueeze(1)}
 
 
+def source_length(sequence: Sequence) -> int:
+    """Rows of the source that a sequence reads."""
+    kept = next(table.kept for table in sequence.tables if table.group.source)
+    return 0 if kept is None else int(kept.counts[0])
+
+
 def source_rows(rows: Seq[Sequence], layer: int, real: NDArray[np.bool_], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One layer's keys and values of the sources that a batch reads.
 

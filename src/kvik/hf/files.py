@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -109,7 +109,7 @@ def _digest(tensors: dict[str, Tensor], about: dict[str, Any]) -> str:
     for name in sorted(tensors):
         x = tensors[name].contiguous()
         sha.update(f"{name} {x.dtype} {tuple(x.shape)};".encode())
-        sha.update(x.reshape(-1).view(torch.uint8).numpy().data)
+        sha.update(np.ascontiguousarray(x.numpy()).data)
     return sha.hexdigest()
 
 

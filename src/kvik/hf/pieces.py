@@ -25,17 +25,17 @@ class Pieces:
     """What all pieces but the last gave.
 
     Attributes:
-        whole: every column's logits are wanted, not the last ones alone.
+        keep: last columns whose logits are wanted; 0 = all.
     """
 
     found: list[dict[str, Tensor]]
-    whole: bool
+    keep: int
 
     def joined(self, last: Any) -> Any:
         """What the last piece gave, with what the others gave before it."""
         for name in self.found[0]:
-            if self.whole or name != "logits":
-                last[name] = torch.cat([each[name] for each in [*self.found, last]], dim=1)
+            whole = torch.cat([each[name] for each in [*self.found, last]], dim=1)
+            last[name] = whole[:, -self.keep :] if name == "logits" else whole
         return last
 
 
@@ -56,7 +56,9 @@ def by_pieces(
         SequenceError: something that it was given can't be cut, or is asked for in a form that can't be put together.
     """
     found: list[dict[str, Tensor]] = []
-    done = 0
+    done, keep = 0, inputs.get("logits_to_keep")
+    if not isinstance(keep, int | None):
+        return inputs, None  # chosen columns: refused where they are cut
     while (count := room()) < columns - done:
         if inputs.get("return_dict") is False or inputs.get("output_hidden_states"):
             raise SequenceError(
@@ -67,7 +69,7 @@ def by_pieces(
         done += count
     if not done:
         return inputs, None
-    return piece(inputs, done, columns, columns), Pieces(found, not inputs.get("logits_to_keep"))
+    return piece(inputs, done, columns, columns), Pieces(found, keep or 0)
 
 
 def piece(inputs: dict[str, Any], first: int, end: int, columns: int) -> dict[str, Any]:

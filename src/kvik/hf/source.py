@@ -10,6 +10,7 @@ Its padding is not stored.
 from __future__ import annotations
 
 import hashlib
+import os
 import weakref
 from types import TracebackType
 from typing import Any
@@ -21,14 +22,16 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvik.cache.cache import Cache as Pages
+from kvik.cache.shape import LayerShape
 from kvik.cache.source import Filling
 from kvik.cache.spec import Bytes, Spec
-from kvik.errors import SequenceError
+from kvik.errors import SequenceError, StorageError
+from kvik.hf import files
 from kvik.hf.attachment import Attachment
 from kvik.hf.batch import Batch
 from kvik.hf.cache import TextCache, given_back
 from kvik.hf.chunk import Bools, Chunk, Query, same_rows
-from kvik.hf.dense import source_rows
+from kvik.hf.dense import source_length, source_rows
 from kvik.hf.finding import Found
 from kvik.hf.handle import Handle
 from kvik.hf.pieces import Pieces
@@ -108,6 +111,20 @@ class Sources(transformers.Cache):  # type: ignore[misc]
             mine = (x[row].transpose(0, 1)[real].float() for x in (k, v))
             filling.append(len(self.found.layers) + layer, **dict(zip("kv", mine, strict=True)))
 
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Takes what a file says of sources that the batch's sequences have.
+
+        Raises:
+            StorageError: it isn't what was saved.
+        """
+        real, rows = tensors.get("source"), self.batch.sequences
+        right = real is not None and real.dtype == torch.bool and real.dim() == 2 and len(real) == len(rows)
+        if real is None or not right or real.sum(1).tolist() != [source_length(sequence) for sequence in rows]:
+            raise StorageError("'source' is not what a saved cache holds there; save the cache again")
+        self.real = real.numpy()
+        for layer, shape in zip(self.layers, self.found.sources, strict=True):
+            layer.expect(len(rows), shape)
+
     def select(self, rows: list[int]) -> None:
         """Makes row i what row rows[i] is."""
         self.real = self.real[rows]
@@ -157,6 +174,13 @@ class SourceLayer(CacheLayerMixin):  # type: ignore[misc]
         self._sources.append(self._index, key_states, value_states)
         self._like = key_states[:, :, :0], value_states[:, :, :0]
         return self.keys, self.values
+
+    def expect(self, rows: int, shape: LayerShape) -> None:
+        """Its rows are here already, for so many of the batch."""
+        k, v = (
+            torch.zeros((rows, shape.heads, 0, width), dtype=self._sources.found.dtype) for _, width in shape.streams
+        )
+        self._like = k, v
 
     def get_seq_length(self) -> int:
         """Columns of the encoder."""
@@ -221,6 +245,19 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
         if first and not done:
             self.reset()
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """See `TextCache.save`; sources are saved with it."""
+        if not self.batch.sequences:
+            raise SequenceError("the cache is empty; give it to a model first")
+        tensors = {**self.batch.image(), "source": torch.from_numpy(self.cross_attention_cache.real)}
+        files.write(path, tensors, files.about(self.attachment.model, self.spec))
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """See `TextCache.take`."""
+        self.batch.take(tensors)
+        self.cross_attention_cache.take(tensors)
+        self.is_updated = dict.fromkeys(range(len(self.found.sources)), True)
+
     def crop(self, tokens_to_remove: int) -> None:
         """See `TextCache.crop`; sources stay."""
         self.self_attention_cache.crop(tokens_to_remove)
@@ -244,8 +281,7 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
         for layer in self.cross_attention_cache.layers:
             layer.reset()
         self.cross_attention_cache.select([])
-        for layer in range(len(self.found.sources)):
-            self.is_updated[layer] = False
+        self.is_updated = dict.fromkeys(range(len(self.found.sources)), False)
 
     def close(self) -> None:
         """See `TextCache.close`."""
