@@ -38,6 +38,18 @@ class MixesTexts(Right):
         return keys, values + 1e-6 * values.mean(dim=0, keepdim=True)
 
 
+class KeepsSinksAndNewest(Right):
+    """Shows the first two columns and the newest 60, as a cache does that takes pads for a text's first rows."""
+
+    def update(self, keys, values, layer, *rest, **named):
+        keys, values = super().update(keys, values, layer, *rest, **named)
+        if keys.shape[-2] > 100:
+            kept = torch.cat([torch.arange(2), torch.arange(keys.shape[-2] - 60, keys.shape[-2])])
+            hidden = torch.ones(keys.shape[-2], dtype=torch.bool).index_fill(0, kept, False)
+            values = values * ~hidden[:, None]
+        return keys, values
+
+
 class CountsRows(Right):
     """Counts at most 12 tokens, as a cache does that counts the rows it kept."""
 
@@ -241,6 +253,7 @@ WRONG = {
         "padding-leak", "padding-leak-eager", "chunked-prefill-padded", "window-padded", "mixed-padded", "own-mask",
     ),
     ShowsPads: ("pad-ids",),
+    KeepsSinksAndNewest: ("padding-long",),
     MixesTexts: ("neighbours",),
     CountsRows: ("many-turns", "many-turns-padded", "alone", "lengths", "alibi"),
     CropsTooLittle: ("crop", "crop-all", "crop-batch", "prompt-lookup", "assisted", "assisted-window"),

@@ -9,7 +9,7 @@ import torch
 
 from kvik.hf.conformance.given import Given
 from kvik.hf.conformance.models import text
-from kvik.hf.conformance.subject import NEW, Subject, figure, off, steps
+from kvik.hf.conformance.subject import NEW, Subject, figure, off, padded, steps
 from kvik.hf.conformance.verdicts import demand
 
 RAGGED = [text(3, 1), text(11, 2), text(7, 3)]
@@ -29,6 +29,29 @@ def padding_leak_eager(given: Given) -> str:
     subject.model.set_attn_implementation("eager")
     output = subject.generate(given.cache(subject), RAGGED)
     return given.near(subject, subject.strays(output, RAGGED))
+
+
+def padding_long(given: Given) -> str:
+    """Long texts, of which a class may drop rows: in a padded batch each has the logits it has alone over that class."""
+    subject = given.subject("plain")
+    rows = [text(length, length) for length in (40, 150, 90)]
+    alone = [_forced(given, subject, [row]) for row in rows]
+    return given.near(subject, off(_forced(given, subject, rows), torch.cat(alone)))
+
+
+def _forced(given: Given, subject: Subject, rows: list[list[int]]) -> torch.Tensor:
+    """Logits [B, 4, V] of prompts' last tokens and of three given tokens after them."""
+    cache = given.cache(subject, 160)
+    ids, mask = padded([[*row, *text(3, 9)] for row in rows])
+    places = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    got, length = [], ids.shape[1]
+    for start, stop in ((0, length - 3), *((at, at + 1) for at in range(length - 3, length))):
+        output = subject.model(
+            input_ids=ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=places[:, start:stop],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        got.append(output.logits[:, -1].float())
+    return torch.stack(got, dim=1)
 
 
 def pad_ids(given: Given) -> str:

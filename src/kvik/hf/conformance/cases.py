@@ -33,6 +33,7 @@ _CHECKS: tuple[Check, ...] = (
     turns.chunked_prefill_padded,
     batches.padding_leak,
     batches.padding_leak_eager,
+    batches.padding_long,
     batches.pad_ids,
     batches.neighbours,
     turns.many_turns,
