@@ -39,6 +39,7 @@ class Step:
         self.sequences = [sequence for sequence, _ in chunks]
         self.chunks = [list(map(int, tokens)) for _, tokens in chunks]
         self.starts = [len(sequence) for sequence in self.sequences]
+        self._count = sum(map(len, self.chunks))
         self._columns: list[list[int]] = []
         self._observers: dict[int, bool] = {}  # groups whose policies look on; whether they need attention mass
         self._done: set[int] = set()
@@ -227,7 +228,7 @@ class Step:
         if len(rows) > len(known):
             raise SequenceError(f"layer {layer} keeps {' and '.join(known)}; got {' and '.join(rows)}")
         for stream in group.layout.streams:
-            want = (len(self.tokens), lanes, stream.width)
+            want = (self._count, lanes, stream.width)
             if stream.name not in rows or rows[stream.name].shape != want:
                 got = tuple(rows[stream.name].shape) if stream.name in rows else "nothing"
                 raise SequenceError(

@@ -51,6 +51,7 @@ class Attachment:
         self._hooks: list[Any] = []
         self._stack: list[tuple[nn.Module, Stepping, Pieces | None]] = []
         self._own: list[tuple[PretrainedConfig, str]] = []
+        self._configs = configs_of(self.decoder)
         self.found: Found | None = None
 
     def hold(self) -> Attachment:
@@ -88,7 +89,7 @@ class Attachment:
         cache.enter(inputs)
         self._stack.append((module, cache, pieces))
         if self.found is not None and self.found.direct and not self._own:
-            self._own = [(config, config._attn_implementation) for config in configs_of(self.decoder)]
+            self._own = [(config, config._attn_implementation) for config in self._configs]
             for config, original in self._own:
                 config._attn_implementation_internal = name_for(original or "eager")
         return None if pieces is None else ((), inputs)
