@@ -3,9 +3,11 @@
 import json
 import re
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from kvik.errors import UsageError
 from kvik.hf.conformance import view
@@ -102,6 +104,19 @@ def test_columns_side_by_side(capsys):
     out = capsys.readouterr().out
     assert re.search(r"^alone +holds +holds", out, re.M) and re.search(r"^padding-leak +holds +BROKEN", out, re.M)
     assert "SwapsRows(model)" in out and "DynamicCache(config=model.config)" in out
+
+
+def test_columns_that_do_not_fit_are_numbered():
+    mine, cases = [contender("dynamic"), contender("quantized:quanto")], chosen(["alone"])
+    found = [Finding("alone", each.name, Verdict.BROKEN, "off by 3", 0.1) for each in mine]
+    shown = []
+    for width in (60, 40):
+        file = StringIO()
+        view.render(Console(width=width, file=file), mine, cases, found)
+        shown.append(file.getvalue())
+    assert re.search(r"^case +dynamic quantized:quanto", shown[0], re.M)
+    assert re.search(r"^case +1 +2", shown[1], re.M) and "2: quantized:quanto" in shown[1]
+    assert all("broken: alone: off by 3" in text for text in shown)
 
 
 def test_json_says_how_and_what(capsys):

@@ -32,7 +32,7 @@ def padding_leak_eager(given: Given) -> str:
 
 
 def padding_long(given: Given) -> str:
-    """Long texts, of which a class may drop rows: in a padded batch each has the logits it has alone over that class."""
+    """Long texts, of which a class may drop rows: in a padded batch each has the logits it has alone."""
     subject = given.subject("plain")
     rows = [text(length, length) for length in (40, 150, 90)]
     alone = [_forced(given, subject, [row]) for row in rows]

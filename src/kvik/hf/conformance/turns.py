@@ -59,7 +59,7 @@ def pieces(given: Given, subject: Subject, ids: list[int], cuts: tuple[int, ...]
 
 
 def many_turns(given: Given) -> str:
-    """Four calls of generate over one cache, each with the whole text so far: every token is the likeliest."""
+    """Four calls of generate over one cache, each with the whole text so far, have the logits of that text."""
     subject = given.subject("plain")
     cache, ids, worst = given.cache(subject), text(5, 4), 0.0
     for turn in range(4):

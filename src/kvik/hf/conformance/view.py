@@ -21,22 +21,26 @@ BEGIN, END = "<!-- conformance: begin -->", "<!-- conformance: end -->"
 
 def render(console: Console, contenders: Sequence[Contender], cases: Sequence[Case], found: Sequence[Finding]) -> None:
     """A table of cases and caches, then what was seen wherever something is wrong or does not apply."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
     table.add_column("case", no_wrap=True)
-    for contender in contenders:
-        table.add_column(contender.name, overflow="fold")
+    names = [contender.name for contender in contenders]
+    short = sum(max(len(name), 6) + 1 for name in names) + 25 > console.width
+    heads = [str(number) for number in range(1, len(names) + 1)] if short else names
+    for head in heads:
+        table.add_column(head, no_wrap=True)
     by = {(finding.case, finding.cache): finding for finding in found}
     for case in cases:
         row = [by[case.name, contender.name].verdict for contender in contenders]
         table.add_row(case.name, *(Text(WORDS[verdict], COLORS[verdict]) for verdict in row))
     table.add_row(Text("seconds", "dim"), *(Text(f"{seconds(found, each):.0f}", "dim") for each in contenders))
     console.print(table)
-    for contender in contenders:
-        console.print(Text.assemble("\n", (contender.name, "bold"), (f"  {contender.how}", "dim")))
+    for head, contender in zip(heads, contenders, strict=True):
+        title = f"{head}: {contender.name}" if short else contender.name
+        console.print(Text.assemble("\n", (title, "bold"), (f"  {contender.how}", "dim")))
         console.print(Text(f"  {tally(found, contender)}"))
-        for verdict, seen, names in notable(found, contender):
-            head = (f"  {verdict.value}: ", COLORS[verdict])
-            console.print(Text.assemble(head, (", ".join(names), "bold"), f": {seen}"))
+        for verdict, seen, where in notable(found, contender):
+            word = (f"  {verdict.value}: ", COLORS[verdict])
+            console.print(Text.assemble(word, (", ".join(where), "bold"), f": {seen}"))
 
 
 def seconds(found: Sequence[Finding], contender: Contender) -> float:
