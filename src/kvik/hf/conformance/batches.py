@@ -13,7 +13,7 @@ from kvik.hf.conformance.subject import NEW, Subject, figure, off, padded, steps
 from kvik.hf.conformance.verdicts import demand
 
 RAGGED = [text(3, 1), text(11, 2), text(7, 3)]
-EQUAL = [text(9, seed) for seed in (4, 5, 6)]
+EQUAL = [text(37, seed) for seed in (4, 5, 6)]
 
 
 def padding_leak(given: Given) -> str:
@@ -112,6 +112,9 @@ def _rearranged(given: Given, chosen: list[int], change: Callable[[Any], object]
     subject.feed(cache, [row[-2:-1] for row in EQUAL])
     change(cache)
     rows = [[*EQUAL[index][:-1], *text(NEW, 30 + copy)] for copy, index in enumerate(chosen)]
-    got = [subject.feed(cache, [row[at : at + 1] for row in rows])[:, 0] for at in range(8, 8 + NEW)]
-    want = torch.stack([subject.exact(row)[8:] for row in rows])
+    got = [
+        subject.feed(cache, [row[at : at + 1] for row in rows])[:, 0]
+        for at in range(len(EQUAL[0]) - 1, len(EQUAL[0]) - 1 + NEW)
+    ]
+    want = torch.stack([subject.exact(row)[len(EQUAL[0]) - 1 :] for row in rows])
     return given.near(subject, off(torch.stack(got, dim=1), want))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvik.errors import UsageError
-from kvik.hf.conformance import architectures, batches, encoders, manners, search, turns, uses, windows
+from kvik.hf.conformance import architectures, batches, encoders, manners, mixture, search, turns, uses, windows
 from kvik.hf.conformance.given import Given
 
 Check = Callable[[Given], str]  # a remark where it holds; raises BrokenError or UnfitError
@@ -82,6 +82,8 @@ _CHECKS: tuple[Check, ...] = (
     uses.own_mask,
     uses.two_at_once,
     uses.interrupted,
+    mixture.at_random,
+    mixture.at_random_mixed,
     turns.deep_copy,
     turns.keep_in_a_file,
     turns.reset,

@@ -45,6 +45,10 @@ class Given:
             cache = self.contender.make(subject.model, room)
         except Exception as refusal:
             raise UnfitError(f"refuses such a model: {first_line(refusal)}") from refusal
+        return self.made(cache)
+
+    def made(self, cache: Any) -> Any:
+        """Takes over a cache that must be closed."""
         self._made.append(cache)
         return cache
 
