@@ -2,11 +2,13 @@
 
     python benchmarks/hf.py [--rounds 5] [--quanto FOLDER] [--parts decode,quantized,batch] [--write docs/hf.json]
 
-SmolLM2-135M-Instruct. `decode`: ms a token with DynamicCache and with kvik, in turns, at 4,096 and 8,000 tokens, f32
-and bf16; both caches were filled with the same random rows, so that nobody waits for a prompt. `quantized`: a text of 2,048
-tokens in the shipped QuantizedCache (fp8; and 4 bits by optimum-quanto, if a folder has it) and in kvik: ms a token,
-and the mean KL of 64 following predictions against DynamicCache, in f64. `batch`: 16 left-padded prompts of 50 to 1,500
-tokens: bytes, and whether what stands in the padding moves a bit.
+SmolLM2-135M-Instruct. Three parts:
+
+decode     ms a token with DynamicCache and with kvik, in turns, at 4,096 and 8,000 tokens, f32 and bf16; both were
+           filled with the same random rows, so that nobody waits for a prompt
+quantized  a text of 2,048 tokens in the shipped QuantizedCache (fp8; and 4 bits by optimum-quanto, if a folder has it)
+           and in kvik: ms a token, and the mean KL of 64 following predictions against DynamicCache, in f64
+batch      16 left-padded prompts of 50 to 1,500 tokens: bytes, and whether what stands in the padding moves a bit
 
 Nothing else should run meanwhile. About five minutes on two cores.
 """
@@ -21,16 +23,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "examples"))
+import torch
+from torch import Tensor
+from transformers import DynamicCache, QuantizedCache
 
-import torch  # noqa: E402
-from smollm2 import smollm2  # noqa: E402
-from torch import Tensor  # noqa: E402
-from transformers import DynamicCache, QuantizedCache  # noqa: E402
+import kvik.hf
+from kvik.models.in_transformers import in_transformers
 
-import kvik.hf  # noqa: E402
-
+DOCS = Path(__file__).parent.parent / "docs"
 STEPS, FOLLOWING = 6, 64
 
 
@@ -73,7 +73,7 @@ def ratio(found: dict[str, list[float]], other: str, ours: str) -> float:
 
 def decode(dtype: torch.dtype, rounds: int) -> list[dict[str, object]]:
     """One token after 4,096 and after 8,192 others."""
-    model, _ = smollm2(dtype)
+    model, _ = in_transformers("smollm2", dtype)
     token, out = torch.tensor([[17]]), []
     for tokens in (4096, 8000):  # the model has 8,192 positions
         own, ours = DynamicCache(config=model.config), kvik.hf.Cache(model)
@@ -112,8 +112,8 @@ def kl(reference: list[Tensor], found: list[Tensor]) -> float:
 
 def quantized(rounds: int, quanto: Path | None) -> list[dict[str, object]]:
     """Caches of few bits after 2,048 tokens of text."""
-    model, tokenizer = smollm2()
-    text = (HERE.parent / "docs" / "performance.md").read_text() + (HERE.parent / "docs" / "retention.md").read_text()
+    model, tokenizer = in_transformers("smollm2")
+    text = (DOCS / "performance.md").read_text() + (DOCS / "retention.md").read_text()
     ids = torch.tensor([tokenizer.encode(text)[: 2048 + FOLLOWING]])
     prompt, following = ids[:, :2048], ids[:, 2048:].split(1, dim=1)
     makers: dict[str, Callable[[], object]] = {
@@ -143,7 +143,7 @@ def quantized(rounds: int, quanto: Path | None) -> list[dict[str, object]]:
 @torch.inference_mode()
 def batch() -> dict[str, object]:
     """Prompts of very different lengths, padded on the left."""
-    model, _ = smollm2(torch.bfloat16)
+    model, _ = in_transformers("smollm2", torch.bfloat16)
     lengths = [50 + 1450 * i // 15 for i in range(16)]
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 49000, (16, 1500), generator=generator)

@@ -71,7 +71,12 @@ def _attention(
     asked = Query(
         query, value.shape[-1], float(scale), kwargs.get("softcap"), kwargs.get("s_aux"), kwargs.get("position_bias")
     )
-    return reading.attend(layer, asked), None
+    out = reading.attend(layer, asked)
+    if reading.tried:
+        k, v = reading.dense(layer)
+        theirs, _ = _own(original, module, query, k, v, attention_mask, scaling, kwargs)
+        reading.compare(out, theirs)
+    return out, None
 
 
 def _check(

@@ -29,6 +29,7 @@ class Batch:
         chunk: the forward that goes on.
         cutting: a forward goes through the model piece by piece.
         begun: a forward came since a crop was said to follow each.
+        tried: the model is being tried; see `kvik.hf.chunk.Reading`.
         sources: of a new batch's rows, where the model reads any: their digests.
     """
 
@@ -39,7 +40,7 @@ class Batch:
         self.recording = False
         self.chunk: Chunk | None = None
         self.sources: list[bytes] = []
-        self.cutting = self.begun = False
+        self.cutting = self.begun = self.tried = False
         self._real = np.zeros((0, 0), bool)
 
     @property
@@ -112,9 +113,9 @@ class Batch:
                 if tokens is None:
                     sequence._publishes = False
                 chunks.append((sequence, mine))
+        rows, places = [self.sequences[twin] for twin in twins], Places(batch, count, stored, twins)
         step = self.cache.step(chunks).__enter__() if chunks else None
-        rows = [self.sequences[twin] for twin in twins]
-        self.chunk = Chunk(step, count, real, rows, twins, Places(batch, count, stored, twins), self.windows)
+        self.chunk = Chunk(step, count, real, rows, twins, places, self.windows, self.tried)
         return self.chunk
 
     def end(self) -> None:

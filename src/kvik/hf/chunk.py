@@ -27,6 +27,7 @@ from kvik.hf.dense import spread_rows
 from kvik.hf.places import Places
 
 Bools = NDArray[np.bool_]
+NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.005}  # of the largest number
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ class Reading(Protocol):
     def causal(self) -> bool:
         """Whether a query sees the rows before it alone; else all of them, and masks say nothing more than padding."""
 
+    @property
+    def tried(self) -> bool:
+        """Whether the model is being tried: what comes out is held against its own attention."""
+
+    def compare(self, found: Tensor, expected: Tensor) -> None:
+        """Raises UsageError where attention over pages is not what the model's own gives over decoded rows.
+
+        Args:
+            found, expected: [B, n, H, E].
+        """
+
 
 class Chunk:
     """A forward's step through the cache.
@@ -79,13 +91,22 @@ class Chunk:
         real: bool [B, columns], new ones included.
         rows: each row's sequence. Rows of one input share one until the forward ends.
         twins: for each row the first that has the same input: itself, where there is none before it.
+        tried: see `Reading`.
     """
 
     def __init__(self, step: Step | None, count: int, real: Bools, rows: list[Sequence], twins: list[int],
-                 places: Places, windows: Mapping[int, int | None]) -> None:  # fmt: skip
+                 places: Places, windows: Mapping[int, int | None], tried: bool = False) -> None:  # fmt: skip
         self.step, self.count, self.real, self.rows, self.twins = step, count, real, rows, twins
-        self._places, self._windows = places, windows
+        self._places, self._windows, self.tried = places, windows, tried
         self.dtype = torch.float32
+
+    def compare(self, found: Tensor, expected: Tensor) -> None:
+        """See `Reading`. What padding asks is nobody's business."""
+        asking = torch.from_numpy(self.real[:, -self.count :]).to(found.device)
+        mine, theirs = found[asking].float(), expected[asking].float()
+        gap, most = float((mine - theirs).abs().max()), float(theirs.abs().max())
+        if not gap <= NEAR[found.dtype] * most:
+            raise UsageError(f"attention over its pages is {gap:.2g} of {most:.2g} away from its own")
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Stores a layer's new rows, [B, heads, n, width] each; those of padding are not."""

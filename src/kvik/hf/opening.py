@@ -82,6 +82,7 @@ def _tried(attachment: Attachment, expected: list[Tensor]) -> str:
     assert found is not None, "it is what is tried"
     spec = Spec.parse(found.codec, [*found.layers, *found.sources])
     cache = made(attachment.hold(), found, Pages(spec, memory=_TRIAL_BYTES, shares=False))
+    cache.batch.tried = True
     try:
         return differ(expected, tried(attachment.model, cache), found.dtype)
     except (ModelError, MemoryError):

@@ -55,6 +55,15 @@ class Over:
         """Decoded."""
         return source_rows(self._chunk.rows, layer, self._sources.real, self._chunk.dtype)
 
+    @property
+    def tried(self) -> bool:
+        """See `kvik.hf.chunk.Reading`."""
+        return bool(self._chunk.tried)
+
+    def compare(self, found: Tensor, expected: Tensor) -> None:
+        """See `kvik.hf.chunk.Reading`."""
+        self._chunk.compare(found, expected)
+
     def check(self, layer: int, window: int | None) -> None:
         """Nothing: a source has no windows."""
 
