@@ -63,6 +63,18 @@ def test_what_transformers_ships_by_default_holds_but_for_three(case):
         assert not found.verdict.bad, found.seen
 
 
+@pytest.fixture(scope="module")
+def kviks():
+    """One for all cases, so that its models are built once."""
+    return Given(contender("kvik"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_kvik_holds_in_every_case(kviks, case):
+    found = examine(kviks, case)
+    assert found.verdict is Verdict.HOLDS, found.seen
+
+
 def test_a_cache_of_fixed_size_does_not_grow():
     assert examine(Given(contender("static")), BY_NAME["growth"]).verdict is Verdict.HOLDS
 
