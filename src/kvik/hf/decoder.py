@@ -37,7 +37,7 @@ _LENGTHS = (3, 5)  # of the two texts that are tried
 class Over:
     """A step's queries over its own rows: see `kvik.hf.chunk.Reading`."""
 
-    causal = True
+    causal, tried = True, False
 
     def __init__(self, step: Chunk, layers: list[LayerShape]) -> None:
         self._step, self._layers = step, layers
@@ -55,6 +55,9 @@ class Over:
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
         """Never: a mask over columns has no meaning where texts share a row."""
         raise UsageError("its attention has a mask of its own, which texts in one row can't be given")
+
+    def compare(self, found: Tensor, expected: Tensor) -> None:
+        """Never: what is tried here is the model's logits."""
 
     def check(self, layer: int, window: int | None) -> None:
         """See `Reading`."""
