@@ -21,10 +21,12 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from kvik.errors import ConfigError, ModelError, UsageError
+from kvik.errors import KvikError, ModelError, UsageError
 from kvik.hf.decoder import TransformersDecoder
+from kvik.hf.fingerprint import fingerprint
 from kvik.models.config import Config
-from kvik.models.folder import folder_fingerprint, read_json
+from kvik.models.folder import read_json
+from kvik.models.in_transformers import in_transformers
 from kvik.models.model import Model, Weights
 from kvik.models.tokenizer import Tokenizer
 from kvik.ops.linear import Format
@@ -42,14 +44,11 @@ class TransformersConfig(Config):
 class TransformersModel(Model):
     """See the module's docstring."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Tokenizer | None = None, *, name: str = "", fingerprint: str = ""
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: Tokenizer | None = None, *, name: str = "") -> None:
         """
         Args:
             model: one for causal text, in f32 or bf16, on one device. It is put into evaluation mode.
             name: for people; by default that of its class.
-            fingerprint: names its weights, in the cache's keys; a cache is never shared between two models.
 
         Raises:
             ModelError: see `TransformersDecoder`; or it is in another type.
@@ -61,7 +60,7 @@ class TransformersModel(Model):
         decoder = TransformersDecoder(model)
         computed = f"transformers {transformers.__version__}, {decoder.found.attention}, torch {torch.__version__}"
         config = _config(model, decoder, name or type(model).__name__)
-        self._take(config, decoder, _HELD[model.dtype], model.device, computed, fingerprint, tokenizer)
+        self._take(config, decoder, _HELD[model.dtype], model.device, computed, fingerprint(model), tokenizer)
         head = model.get_output_embeddings().weight
         self.nbytes = self.read_bytes = model.get_memory_footprint()
         matrices = {id(x): x.numel() for x in model.parameters() if x.dim() > 1}
@@ -73,7 +72,7 @@ class TransformersModel(Model):
 def load(
     folder: Path | str, *, weights: Weights = "auto", device: str = "cpu", attention: str | None = None
 ) -> TransformersModel:
-    """Loads a folder as transformers writes it. Code that comes with a model is not run.
+    """Loads a folder that transformers wrote, or that kvik has prepared. Code that comes with a model is not run.
 
     Args:
         weights: f32 or bf16; auto = f32 where the files hold it, else bf16.
@@ -81,33 +80,34 @@ def load(
 
     Raises:
         UsageError: the weights are to be held as transformers can't.
-        ConfigError: it is a folder that kvik prepared, or none.
-        ModelError: transformers can't load it, or see `TransformersDecoder`.
+        ConfigError: the folder holds no model.
+        ModelError: transformers can't load it; it is prepared and of a family that kvik doesn't write out for
+            transformers; or see `TransformersDecoder`.
     """
     folder = Path(folder)
     if weights not in ("auto", *_TYPES):
         raise UsageError(f"weights {weights}: transformers holds them in f32 or bf16; or leave out --backend")
     values = read_json(folder / "config.json")
-    if "kvik" in values:
-        raise ConfigError(
-            f"{folder}: was prepared by kvik and holds no transformers model; leave out --backend, or give a folder "
-            "or hub id as transformers writes them"
-        )
     stored = values.get("dtype", values.get("torch_dtype", "float32"))
     held = weights if weights != "auto" else "f32" if stored == "float32" else "bf16"
     try:
         with _silent():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=_TYPES[held], local_files_only=True, trust_remote_code=False,
-                attn_implementation=attention,
-            )  # fmt: skip
+            if "kvik" in values:  # prepared by kvik: a GGUF file, or what is built in
+                model, _ = in_transformers(str(folder), _TYPES[held])
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=_TYPES[held], local_files_only=True, trust_remote_code=False,
+                    attn_implementation=attention,
+                )  # fmt: skip
+    except KvikError:
+        raise
     except Exception as error:  # of any kind, and with any text
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{folder}: transformers can't load it ({text}); give another folder, or leave out --backend"
         ) from error
     tokenizer = Tokenizer(folder)
-    return TransformersModel(model.to(device), tokenizer, name=folder.name, fingerprint=folder_fingerprint(folder))
+    return TransformersModel(model.to(device), tokenizer, name=folder.name)
 
 
 @contextmanager

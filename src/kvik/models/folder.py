@@ -67,7 +67,7 @@ def load(folder: Path | str) -> Loaded:
     generation = folder / "generation_config.json"
     config = from_hf(values, read_json(generation) if generation.is_file() else None, folder.name)
     tensors = check(read_safetensors(folder), config)
-    return Loaded(config, tensors, folder, folder_fingerprint(folder))
+    return Loaded(config, tensors, folder, _folder_fingerprint(folder))
 
 
 def write_prepared(folder: Path, config: Config, tensors: Mapping[str, Weight], source: Mapping[str, object]) -> None:
@@ -165,7 +165,7 @@ def _assembled(flat: Mapping[str, Weight], bits: Mapping[str, str]) -> dict[str,
     return tensors
 
 
-def folder_fingerprint(folder: Path) -> str:
+def _folder_fingerprint(folder: Path) -> str:
     """See `Loaded.fingerprint`; every part is preceded by its length."""
     digest = hashlib.sha256(b"kvik transformers folder 1")
     parts = [(folder / "config.json").read_bytes()]
