@@ -14,6 +14,7 @@ from kvik.cache.image import image, restored
 from kvik.cache.sequence import Sequence
 from kvik.errors import SequenceError, StorageError
 from kvik.hf.chunk import Bools, Chunk
+from kvik.hf.compat import CROP_UNTOLD
 from kvik.hf.places import Places
 
 
@@ -130,7 +131,7 @@ class Batch:
             if twin != row:
                 self.sequences[row].close()
                 self.sequences[row] = self.sequences[twin].fork()
-        if not self.recording:
+        if not self.recording and not CROP_UNTOLD:
             self.settle()
 
     def abandon(self) -> None:

@@ -18,6 +18,7 @@ from kvik.hf import files
 from kvik.hf.attachment import Attachment
 from kvik.hf.batch import Batch
 from kvik.hf.chunk import same_rows
+from kvik.hf.compat import CROP_KEEPS, to_remove
 from kvik.hf.finding import Found
 from kvik.hf.layers import layers_of
 from kvik.hf.pieces import Pieces, by_pieces
@@ -129,12 +130,7 @@ class TextCache(transformers.Cache):  # type: ignore[misc]  # transformers has n
             SequenceError: rows that were visible from there have left.
         """
         self._check()
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"crop({tokens_to_remove}): a positive number meant the length to keep before transformers 5.13, and "
-                f"means nothing now; give -{tokens_to_remove} to remove so many columns"
-            )
-        self.batch.crop(-tokens_to_remove)
+        self.batch.crop(to_remove(tokens_to_remove, self.batch.columns))
         for layer in self.recurrent:
             layer.crop(tokens_to_remove)
 
@@ -171,6 +167,11 @@ class TextCache(transformers.Cache):  # type: ignore[misc]  # transformers has n
         """Gives every page back, and the model its own attention. Idempotent."""
         self.closed = True
         self._finish()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether a crop puts everything back as it was."""
+        return bool(not self.recurrent if CROP_KEEPS else super().is_croppable)
 
     @property
     def batch_size(self) -> int:

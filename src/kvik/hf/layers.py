@@ -98,8 +98,8 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
 class MixedLayer(LinearAttentionLayer, Layer):  # type: ignore[misc]
     """A layer that has a recurrent state beside its rows. The state is transformers' own."""
 
-    def __init__(self, batch: Batch, index: int, found: Found, states: int) -> None:
-        LinearAttentionLayer.__init__(self, number_of_states=states)
+    def __init__(self, batch: Batch, index: int, found: Found, theirs: LinearAttentionLayer) -> None:
+        self.__dict__.update(vars(theirs))  # a state that nobody has written to
         Layer.__init__(self, batch, index, found)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -119,7 +119,7 @@ def layers_of(batch: Batch, found: Found, config: PretrainedConfig) -> list[Any]
     for index, shape in enumerate(found.layers):
         theirs = own[index] if index < len(own) else None
         if shape.heads and isinstance(theirs, LinearAttentionLayer):
-            out.append(MixedLayer(batch, index, found, len(theirs.conv_states)))
+            out.append(MixedLayer(batch, index, found, theirs))
         elif shape.heads or theirs is None:
             out.append(Layer(batch, index, found))
         else:
