@@ -37,7 +37,7 @@ model, tokenizer = in_transformers("whisper-tiny.en")  # yours: AutoModelForSpee
 name, samples = sound()
 features = log_mel(samples, own.mels, own.frames).t()[None]
 options = dict(
-    decoder_input_ids=torch.tensor([own.begin(None, timed=False)]), num_beams=BEAMS, max_new_tokens=100,
+    decoder_input_ids=torch.tensor([own.begin(None, timed=False)]), num_beams=BEAMS, max_new_tokens=50,
     do_sample=False, eos_token_id=own.eos_ids[0], pad_token_id=own.eos_ids[0],
     suppress_tokens=[each[0] for each in own.constraints.never],
     begin_suppress_tokens=list(own.constraints.never_begin),

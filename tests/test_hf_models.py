@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers as hf
 from transformers import GenerationMixin
 
 import kvik.hf
@@ -62,3 +63,44 @@ def test_a_model_that_reads_a_source_keeps_it_once(name):
             rows = 16 * len(sound) or int(inputs["attention_mask"].sum())
             stored = sum(block.rows for block in cache.pages.index)
             assert stored == rows, "each source once, and no padding"
+
+
+def with_images(name):
+    """A tiny model that looks at images, and two prompts with one each. Where it is Gemma's, an image's tokens see each
+    other in both directions."""
+    torch.manual_seed(0)
+    text = dict(vocab_size=160, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, head_dim=8)
+    sees = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16)
+    ids = torch.randint(3, 140, (2, 16))
+    ids[:, 3:7] = 150
+    inputs = dict(input_ids=ids, pixel_values=torch.randn(2, 3, 16, 16), attention_mask=torch.ones_like(ids))
+    if name == "gemma3":
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        own = dict(mm_tokens_per_image=4, image_token_index=150, boi_token_index=151, eoi_token_index=152)
+        parts = dict(text_config={**text, "sliding_window": 6, "layer_types": kinds})
+        config = hf.Gemma3Config(**parts, vision_config={**sees, "patch_size": 4}, **own)
+        return hf.Gemma3ForConditionalGeneration(config), {**inputs, "token_type_ids": (ids == 150).long()}
+    own = dict(image_token_index=150, image_seq_length=4)
+    parts = dict(text_config=hf.LlamaConfig(**text))
+    parts |= dict(vision_config=hf.CLIPVisionConfig(**sees, patch_size=8, projection_dim=16))
+    model = hf.LlavaForConditionalGeneration(hf.LlavaConfig(**parts, **own))
+    inputs["attention_mask"][1, :2] = 0
+    return model, inputs
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_images_are_seen_as_the_model_sees_them(name):
+    model, inputs = with_images(name)
+    model.eval()
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3)
+    expected = model.generate(**inputs, **OPTIONS)
+    with kvik.hf.Cache(model) as cache:
+        assert cache.found.direct
+        assert torch.equal(model.generate(**inputs, past_key_values=cache, **OPTIONS), expected)
+        cache.pages.check()

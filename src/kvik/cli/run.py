@@ -61,9 +61,13 @@ def run(
     raw: Annotated[
         bool, typer.Option("--raw", help="Take the prompt as the beginning of the text, without a chat format.")
     ] = False,
+    backend: Annotated[
+        str, typer.Option(help="kvik's own networks, or transformers': for architectures that kvik has none of.")
+    ] = "kvik",
     as_json: JsonOption = False,
 ) -> None:
     """Answer a prompt through the cache, and say what it cost."""
+    _check_backend(backend, weights, share, device)
     room = budget(memory)
     sampling = _sampling(temperature, top_p, top_k, seed, max_tokens, stop)
     check_spec(kv, allow_none=True)
@@ -71,7 +75,7 @@ def run(
     if kv == "none" and memory is not None:
         raise UsageError("--kv none keeps no cache, so --memory has nothing to bound; leave one of the two out")
     text = stdin().read() if prompt == "-" else prompt
-    loaded = load_model(model, weights, device, share, reads=True)
+    loaded = load_model(model, weights, device, share, reads=True) if backend == "kvik" else _borrowed(model)
     from kvik.engine.generation import Generation, ask, opened
 
     request = ask(loaded, text, raw=raw, max_tokens=max_tokens, stop=tuple(stop or ()), sampling=sampling)
@@ -120,6 +124,27 @@ def chat(
     loaded = load_model(model, weights, device)
     cache = loaded.cache(kv, memory=room)
     Chat(loaded, cache, sampling, max_tokens, tuple(stop or ())).loop(stderr(), as_json=as_json)
+
+
+def _check_backend(backend: str, weights: str, share: str | None, device: str) -> None:
+    """Complains about options that transformers' models don't have here."""
+    if backend not in ("kvik", "transformers"):
+        raise UsageError(f"--backend {backend!r}: use kvik or transformers")
+    if backend == "transformers" and (weights != "auto" or share is not None or device != "cpu"):
+        raise UsageError(
+            "--backend transformers runs a model as its files have it, on the CPU; leave out --weights, "
+            "--share and --device"
+        )
+
+
+def _borrowed(model: str) -> Model:
+    """A model that transformers runs."""
+    from transformers.utils import logging
+
+    from kvik.hf.borrowed import borrowed
+
+    logging.disable_progress_bar()
+    return borrowed(model)
 
 
 def _sampling(

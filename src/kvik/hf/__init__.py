@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvik.hf.borrowed import Borrowed as Borrowed
     from kvik.hf.front import Cache as Cache
     from kvik.hf.prefix import PrefixCache as PrefixCache
 
-_HOMES = {"Cache": "kvik.hf.front", "PrefixCache": "kvik.hf.prefix"}
+_HOMES = {"Borrowed": "kvik.hf.borrowed", "Cache": "kvik.hf.front", "PrefixCache": "kvik.hf.prefix"}
 __all__ = sorted(_HOMES)
 
 

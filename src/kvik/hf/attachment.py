@@ -52,6 +52,7 @@ class Attachment:
         self._stack: list[tuple[nn.Module, Stepping, Pieces | None]] = []
         self._own: list[tuple[PretrainedConfig, str]] = []
         self._configs = configs_of(self.decoder)
+        self._signatures: dict[nn.Module, inspect.Signature] = {}
         self.found: Found | None = None
 
     def hold(self) -> Attachment:
@@ -78,7 +79,11 @@ class Attachment:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A forward begins, perhaps inside another's. Returns other inputs for it, if it gets others."""
-        inputs = named(module, args, kwargs) if args else kwargs
+        inputs = kwargs
+        if args:
+            if module not in self._signatures:
+                self._signatures[module] = inspect.signature(module.forward)
+            inputs = named(self._signatures[module], args, kwargs)
         cache: Stepping | None = inputs.get("past_key_values")
         if getattr(cache, "attachment", None) is not self or cache is None:
             return None
@@ -138,9 +143,9 @@ def attachment_of(model: PreTrainedModel, find: Callable[[Attachment], Found]) -
     return attachment
 
 
-def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A forward's inputs by name."""
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    bound = signature.bind_partial(*args, **kwargs)
     rest = [p.name for p in bound.signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     more = {name: x for part in rest for name, x in bound.arguments.get(part, {}).items()}
     return {**{name: x for name, x in bound.arguments.items() if name not in rest}, **more}

@@ -152,7 +152,9 @@ class Chunk:
 
     def _taken(self, x: Tensor) -> Tensor:
         """[B, heads, n, width] → f32 [T, heads, width], the stored tokens' alone."""
-        return self._places.taken(x.transpose(1, 2).flatten(0, 1)).float()
+        x = x.squeeze(2) if self.count == 1 else x.transpose(1, 2).flatten(0, 1)
+        x = self._places.taken(x)
+        return x if x.dtype is torch.float32 else x.float()
 
     def _by_distance(self, bias: Tensor) -> Tensor:
         """[1, H, n, columns] → f32 [H, columns] by distance.
