@@ -1,4 +1,4 @@
-"""Models that ask something of their own."""
+"""Models that ask something of their own: each alone, and in a left-padded batch, past the window if there is one."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ ROWS = [text(3, 1), text(14, 2), text(9, 3)]
 
 
 def soft_caps(given: Given) -> str:
-    """Scores that go through tanh (Gemma 2), alone, in a padded batch, past a window."""
+    """Scores that go through tanh (Gemma 2) come to the logits of the model without a cache."""
     return everything(given, "capped")
 
 
 def sink_logits(given: Given) -> str:
-    """Heads with a logit that no row has (GPT-OSS)."""
+    """Heads with a logit that no row has (GPT-OSS), past a window."""
     return everything(given, "sinks")
 
 
 def alibi(given: Given) -> str:
-    """A bias by distance that is made of the mask (BLOOM)."""
+    """A bias by distance that is made of the mask (BLOOM), also where there are pads."""
     return everything(given, "alibi")
 
 
 def alibi_by_length(given: Given) -> str:
-    """A bias by distance that is made of lengths (MPT)."""
+    """A bias by distance that is made of lengths (MPT), also where there are pads."""
     return everything(given, "alibi-by-length")
 
 

@@ -24,7 +24,7 @@ def padding_leak(given: Given) -> str:
 
 
 def padding_leak_eager(given: Given) -> str:
-    """The same under eager attention, which is always given a mask."""
+    """Each text of a left-padded batch under eager attention, which is always given a mask."""
     subject = Subject("plain")
     subject.model.set_attn_implementation("eager")
     output = subject.generate(given.cache(subject), RAGGED)

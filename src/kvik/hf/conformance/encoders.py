@@ -19,22 +19,22 @@ STEPS = 6
 
 
 def encoder_decoder_relative(given: Given) -> str:
-    """T5: two sources, one padded; a prompt, then token by token."""
+    """An encoder and a bias by distance (T5): two sources, one padded; a prompt, then token by token."""
     return reads(given, "relative")
 
 
 def encoder_decoder_learned(given: Given) -> str:
-    """BART: the same with learned positions."""
+    """An encoder and learned positions (BART): two sources, one padded; a prompt, then token by token."""
     return reads(given, "translator")
 
 
 def encoder_decoder_sound(given: Given) -> str:
-    """Whisper: the same for sound."""
+    """An encoder of sound (Whisper): two sources; a prompt, then token by token."""
     return reads(given, "listener")
 
 
 def encoder_decoder_beams(given: Given) -> str:
-    """T5: beams over two sources; each beam's score is what the model says of it."""
+    """Beams over two sources (T5): each beam's score is what the model says of it about its own source."""
     subject = given.subject("relative")
     source = _source(subject)
     output = subject.model.generate(
@@ -50,7 +50,7 @@ def encoder_decoder_beams(given: Given) -> str:
 
 
 def encoder_decoder_turns(given: Given) -> str:
-    """T5: generate again over the same cache, with what was said so far: the source is not written twice."""
+    """generate again over the same cache, with what was said so far (T5): the source is not written twice."""
     subject = given.subject("relative")
     source, cache, ids, worst = _source(subject), given.pair(subject), torch.tensor([[0], [0]]), 0.0
     for _ in range(2):
@@ -67,7 +67,7 @@ def encoder_decoder_turns(given: Given) -> str:
 
 
 def encoder_decoder_alone(given: Given) -> str:
-    """Such a model with a cache that is not made of two: it works, or it refuses. It must not go wrong in silence."""
+    """A model with an encoder, and a cache that is not made of two: it works or refuses, never wrong in silence."""
     subject = given.subject("relative")
     cache = given.cache(subject)
     if isinstance(cache, EncoderDecoderCache):

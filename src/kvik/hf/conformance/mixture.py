@@ -25,7 +25,7 @@ def at_random(given: Given) -> str:
 
 
 def at_random_mixed(given: Given) -> str:
-    """The same without crops, in a model of layers with and without a window."""
+    """Sixty steps drawn at random, crops aside, in a model of layers with and without a window."""
     return _walk(given, given.subject("mixed"), crops=False)
 
 

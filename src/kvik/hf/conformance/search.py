@@ -26,14 +26,14 @@ def beams(given: Given) -> str:
 
 
 def beams_padded(given: Given) -> str:
-    """The same for a left-padded batch."""
+    """Beam search over a left-padded batch: each text's score is what the model says of it alone."""
     subject = given.subject("plain")
     output = beamed(given, subject, given.cache(subject), RAGGED, num_return_sequences=2)
     return scored(given, subject, output, [row for row in RAGGED for _ in range(2)])
 
 
 def beams_mixed(given: Given) -> str:
-    """The same in a model of layers with and without a window, past the window."""
+    """Beam search in a model of layers with and without a window, past the window."""
     subject = given.subject("mixed")
     rows = [text(4, 2), text(13, 3)]
     return scored(given, subject, beamed(given, subject, given.cache(subject), rows), rows)
@@ -95,19 +95,19 @@ def prompt_lookup(given: Given) -> str:
 
 
 def assisted(given: Given) -> str:
-    """Guesses of a second model, right now and then."""
+    """Guesses of a second model, right now and then: every token is the likeliest, and only those are counted."""
     subject = given.subject("plain")
     return guessed(given, subject, assistant_model=subject.draft)
 
 
 def assisted_window(given: Given) -> str:
-    """The same where every layer has a window, and the text is longer than it."""
+    """Guesses of a second model where every layer has a window, and the text is longer than it."""
     subject = given.subject("window")
     return guessed(given, subject, assistant_model=subject.draft)
 
 
 def prompt_lookup_mixed(given: Given) -> str:
-    """Guesses from the prompt in a model of layers with and without a window."""
+    """Guesses from the prompt in a model of layers with and without a window, past the window."""
     return guessed(given, given.subject("mixed"), prompt_lookup_num_tokens=4)
 
 

@@ -43,7 +43,7 @@ def chunked_prefill(given: Given) -> str:
 
 
 def chunked_prefill_padded(given: Given) -> str:
-    """The same for a left-padded batch."""
+    """A left-padded batch in pieces, through prefill_chunk_size: each text has the logits that it has alone."""
     subject, rows = given.subject("plain"), [text(4, 2), text(LENGTH, 3)]
     output = subject.generate(given.cache(subject), rows, prefill_chunk_size=5)
     return given.near(subject, subject.strays(output, rows))

@@ -17,7 +17,7 @@ LENGTH, FIRST = 16, 9
 
 
 def embeddings(given: Given) -> str:
-    """A model that is given embeddings instead of tokens."""
+    """A model that is given embeddings instead of tokens has the logits of those tokens."""
     subject, ids = given.subject("plain"), text(LENGTH, 1)
     cache, got = given.cache(subject), []
     table = subject.model.get_input_embeddings()
@@ -28,7 +28,7 @@ def embeddings(given: Given) -> str:
 
 
 def new_ids_only(given: Given) -> str:
-    """A turn that names the new tokens alone, and a mask for all of them."""
+    """A turn may name the new tokens alone, with a mask for all of them."""
     subject, ids = given.subject("plain"), text(LENGTH, 2)
     cache = given.cache(subject)
     subject.feed(cache, [ids[:FIRST]])

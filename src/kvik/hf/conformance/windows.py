@@ -14,7 +14,7 @@ LONG = 5 * WINDOW
 
 
 def window(given: Given) -> str:
-    """A text five times as long as the window, token by token."""
+    """A text five times as long as the window, token by token, has the logits of a model without a cache."""
     subject = given.subject("window")
     return given.near(subject, given.alone(subject, text(LONG, 1)))
 
@@ -60,7 +60,7 @@ def mixed(given: Given) -> str:
 
 
 def mixed_padded(given: Given) -> str:
-    """The same in a left-padded batch: each kind of layer has a mask of its own."""
+    """Layers with and without a window in a left-padded batch: each kind has a mask of its own."""
     subject, rows = given.subject("mixed"), [text(3, 9), text(2 * WINDOW + 3, 10), text(WINDOW, 11)]
     output = subject.generate(given.cache(subject), rows, new=WINDOW + 2)
     return given.near(subject, subject.strays(output, rows))
