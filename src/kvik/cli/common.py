@@ -50,8 +50,8 @@ BackendOption = Annotated[
     str,
     typer.Option(
         "--backend",
-        help="Whose code the model runs in: kvik, or transformers, for families that kvik has no code of (slower, and not "
-        "the same to the last bit in every batch).",
+        help="Whose code the model runs in: kvik, or transformers, for families that kvik has no code of (slower, and "
+        "not the same to the last bit in every batch).",
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu or cuda.")]
