@@ -44,19 +44,23 @@ class BucketedTranslution(Relative):
 
     def mix(self, x: Tensor) -> Tensor:
         """See `Operator.mix`: a band a set, each an ordinary attention of its own."""
-        pairs = self.pairs(x)
-        table, (q, k, v) = self.geometry.table(x.shape[1]).to(x.device), (self.project(name, x) for name in "qkv")
-        wq, wk, wv = (self.matrices(name) for name in "qkv")
+        pairs, table = self.pairs(x), self.pairs(x).table
+        q, k, v = (self.project(name, x) for name in "qkv")
+        wq, wk, wv = (self._each(name) for name in "qkv")
         a = x.new_full((len(x), self.heads, *table.shape), -torch.inf)
-        for group in pairs.groups:
-            mine = q if wq is None else q @ wq[group.mirror]
-            theirs = k if wk is None else k @ wk[group.set]
-            a = torch.where(table == group.set, plain(mine, theirs, self.heads) * self.scale, a)
+        for number, mirror in pairs.sets:
+            mine = q if wq is None else q @ wq[mirror]
+            theirs = k if wk is None else k @ wk[number]
+            a = torch.where(table == number, plain(mine, theirs, self.heads) * self.scale, a)
         weights, out = a.softmax(-1), x.new_zeros((*x.shape[:2], self.m))
-        for group in pairs.groups:
-            values = by_head(v if wv is None else v @ wv[group.set], self.heads).transpose(1, 2)
-            out = out + ((weights * (table == group.set)) @ values).transpose(1, 2).flatten(2)
+        for number, _ in pairs.sets:
+            values = by_head(v if wv is None else v @ wv[number], self.heads).transpose(1, 2)
+            out = out + ((weights * (table == number)) @ values).transpose(1, 2).flatten(2)
         return out
+
+    def _each(self, name: str) -> tuple[Tensor, ...] | None:
+        every = self.matrices(name)
+        return None if every is None else every.unbind(0)
 
     @property
     def starts(self) -> tuple[int, ...]:

@@ -1,12 +1,14 @@
-"""Scores and mixtures over pairs of tokens, set by set: no tensor [n, n, d, m] ever exists.
+"""Scores and mixtures over pairs of tokens, some sets of matrices at a time: no tensor [n, n, d, m] ever exists.
 
-For each set s of matrices, the P_s pairs (i, j) that it serves are gathered, multiplied by the set's one matrix, and
-reduced to a score a head, or added to their token's output. All sets' pairs together are the n² pairs (half of them in
-a causal line), each multiplied once: 2 · pairs · d · m operations a projection, each matrix read once. What is held at
-once is one set's rows, at most n · (d + m) numbers; where gradients are wanted, all pairs' rows: pairs · (d + m), or
-again one set's where `recompute` says so (they are computed a second time on the way back).
+The pairs (i, j) that a set of matrices serves are gathered, multiplied by its one matrix, and reduced to a score a head,
+or added to their token's output; `SETS` sets go through one batched product, those with as many pairs together. All sets'
+pairs are the n² pairs (half of them in a causal line), each multiplied once: 2 · pairs · d · m operations a projection,
+each matrix read once. At once are held the rows of `SETS` sets, SETS · n · (d + m) numbers a text at the most; where
+gradients are wanted, all pairs' rows, pairs · (d + m), or again those of `SETS` sets where `recompute` says so (they are
+computed a second time on the way back).
 
-Legend: B texts, n tokens, H heads, D width of a head, d inputs, m = H · D outputs, K sets.
+Legend: B texts, n tokens, H heads, D width of a head, d inputs, m = H · D outputs, K sets, c sets of a chunk, P pairs of
+the largest of them.
 """
 
 from __future__ import annotations
@@ -20,20 +22,23 @@ from torch.utils.checkpoint import checkpoint
 
 from kvik.models.operators.geometry import Geometry
 
+SETS = 8  # in one product: more hold more, fewer cost more calls
+
 
 @dataclass(frozen=True)
-class Group:
-    """The pairs that one set of matrices serves.
+class Chunk:
+    """The pairs of some sets, padded to as many for each.
 
     Attributes:
-        set, mirror: the set of keys and values, and that of queries.
-        i, j: int64 [P], queries and keys.
+        count: c.
+        i, j: int64 [c · P], queries and keys; 0 where a set has fewer pairs.
+        places: int64 [c · P], i · n + j; n² where a set has fewer pairs.
     """
 
-    set: int
-    mirror: int
+    count: int
     i: Tensor
     j: Tensor
+    places: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,28 +47,56 @@ class Pairs:
 
     Attributes:
         n: tokens.
-        groups: set by set.
-        places: int64 [all pairs], i · n + j in the groups' order.
+        chunks: that they are taken in.
+        order: int64 [sets that have pairs], the chunks' sets of keys and values; None = all, as they come.
+        mirrored: the same of queries.
         hidden: bool [n, n], what isn't seen.
+        table: see `Geometry.table`.
+        sets: those that have pairs, each with that of its queries.
     """
 
     n: int
-    groups: tuple[Group, ...]
-    places: Tensor
+    chunks: tuple[Chunk, ...]
+    order: Tensor | None
+    mirrored: Tensor | None
     hidden: Tensor
+    table: Tensor
+    sets: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, geometry: Geometry, n: int, device: torch.device) -> Pairs:
-        """Sorts a table by its sets."""
+        """Sorts a table by its sets, those with most pairs first."""
         table = geometry.table(n)
-        groups = []
-        for number in range(geometry.sets):
-            i, j = (table == number).nonzero(as_tuple=True)
-            if len(i):
-                mirror = int(table[j[0], i[0]]) if geometry.mirrored else number
-                groups.append(Group(number, mirror, i.to(device), j.to(device)))
-        places = torch.cat([group.i * n + group.j for group in groups])
-        return cls(n, tuple(groups), places, (table < 0).to(device))
+        counts = torch.bincount(table[table >= 0], minlength=geometry.sets)
+        order = counts.argsort(descending=True, stable=True)
+        order = order[counts[order] > 0]
+        found = [(table == number).nonzero() for number in order.tolist()]
+        mirrored = torch.stack([table[j, i] for (i, j), *_ in found]) if geometry.mirrored else order
+        chunks = [_chunk(found[at : at + SETS], n) for at in range(0, len(found), SETS)]
+        chunks = [Chunk(c.count, *(x.to(device) for x in (c.i, c.j, c.places))) for c in chunks]
+        sets = tuple(zip(order.tolist(), mirrored.tolist(), strict=True))
+        plain = torch.arange(geometry.sets)
+        orders = (None if torch.equal(each, plain) else each.to(device) for each in (order, mirrored))
+        return cls(n, tuple(chunks), *orders, (table < 0).to(device), table.to(device), sets)
+
+    def cut(self, weight: Tensor | None, order: Tensor | None) -> list[Tensor] | list[None]:
+        """Matrices [K, d, m] chunk by chunk, [c, d, m]; their gradients are put together once."""
+        if weight is None:
+            return [None] * len(self.chunks)
+        counts = [chunk.count for chunk in self.chunks]
+        used = weight[: sum(counts)] if order is None else weight.index_select(0, order)
+        return list(torch.split(used, counts))
+
+
+def _chunk(found: list[Tensor], n: int) -> Chunk:
+    longest = max(map(len, found))
+    i, j, places = [], [], []
+    for pairs in found:
+        missing = (0, longest - len(pairs))
+        i.append(torch.nn.functional.pad(pairs[:, 0], missing))
+        j.append(torch.nn.functional.pad(pairs[:, 1], missing))
+        places.append(torch.nn.functional.pad(pairs[:, 0] * n + pairs[:, 1], missing, value=n * n))
+    return Chunk(len(found), torch.cat(i), torch.cat(j), torch.cat(places))
 
 
 def scores(
@@ -80,14 +113,15 @@ def scores(
     """
     if wq is None and wk is None:
         return plain(q, k, heads).masked_fill(pairs.hidden, -torch.inf)
-    queries, keys = _sets(wq), _sets(wk)
-    parts = []
-    for group in pairs.groups:
-        a, b = _of(queries, group.mirror), _of(keys, group.set)
-        parts.append(_run(_score, recompute, q, k, a, b, group.i, group.j, heads))
-    flat = torch.cat(parts, dim=1)
-    out = flat.new_full((len(q), pairs.n * pairs.n, heads), -torch.inf).index_copy(1, pairs.places, flat)
-    return out.view(len(q), pairs.n, pairs.n, heads).permute(0, 3, 1, 2)
+    n, batch = pairs.n, len(q)
+    first, second = (x.transpose(0, 1).contiguous() for x in (q, k))
+    parts = [
+        _run(_score, recompute, first, second, a, b, chunk, heads)
+        for chunk, a, b in zip(pairs.chunks, pairs.cut(wq, pairs.mirrored), pairs.cut(wk, pairs.order), strict=True)
+    ]
+    flat, places = torch.cat(parts), torch.cat([chunk.places for chunk in pairs.chunks])
+    out = flat.new_full((n * n + 1, batch, heads), -torch.inf).index_copy(0, places, flat)
+    return out[:-1].view(n, n, batch, heads).permute(2, 3, 0, 1)
 
 
 def mixed(weights: Tensor, v: Tensor, wv: Tensor | None, pairs: Pairs, recompute: bool = False) -> Tensor:
@@ -101,16 +135,15 @@ def mixed(weights: Tensor, v: Tensor, wv: Tensor | None, pairs: Pairs, recompute
     Returns:
         [B, n, m].
     """
-    heads = weights.shape[1]
+    batch, heads, n, _ = weights.shape
     if wv is None:
         return (weights @ by_head(v, heads).transpose(1, 2)).transpose(1, 2).flatten(2)
-    flat = weights.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, pairs.places)
-    out, at = v.new_zeros((len(v), pairs.n, wv.shape[-1])), 0
-    for group, matrix in ((group, wv_s) for group, wv_s in zip(pairs.groups, _chosen(wv, pairs), strict=True)):
-        part = _run(_value, recompute, v, matrix, flat[:, at : at + len(group.i)], group.j, heads)
-        out.index_add_(1, group.i, part)
-        at += len(group.i)
-    return out
+    flat = weights.permute(2, 3, 0, 1).reshape(n * n, batch, heads)
+    flat = torch.cat((flat, flat.new_zeros((1, batch, heads))))  # what pads a chunk weighs nothing
+    rows, out = v.transpose(0, 1).contiguous(), v.new_zeros((n, batch, wv.shape[-1]))
+    for chunk, matrices in zip(pairs.chunks, pairs.cut(wv, pairs.order), strict=True):
+        out.index_add_(0, chunk.i, _run(_value, recompute, rows, matrices, flat, chunk, heads))
+    return out.transpose(0, 1)
 
 
 def plain(q: Tensor, k: Tensor, heads: int) -> Tensor:
@@ -124,20 +157,6 @@ def by_head(x: Tensor, heads: int) -> Tensor:
     return x.reshape(*x.shape[:-1], heads, -1)
 
 
-def _sets(weight: Tensor | None) -> tuple[Tensor, ...] | None:
-    """Matrices one by one: their gradients are then put together once, not added K times."""
-    return None if weight is None else weight.unbind(0)
-
-
-def _chosen(weight: Tensor, pairs: Pairs) -> list[Tensor]:
-    every = weight.unbind(0)
-    return [every[group.set] for group in pairs.groups]
-
-
-def _of(weights: tuple[Tensor, ...] | None, number: int) -> Tensor | None:
-    return None if weights is None else weights[number]
-
-
 def _run(function: Callable[..., Tensor], recompute: bool, *arguments: object) -> Tensor:
     if recompute and torch.is_grad_enabled():
         found: Tensor = checkpoint(function, *arguments, use_reentrant=False)
@@ -145,13 +164,20 @@ def _run(function: Callable[..., Tensor], recompute: bool, *arguments: object) -
     return function(*arguments)
 
 
-def _score(q: Tensor, k: Tensor, a: Tensor | None, b: Tensor | None, i: Tensor, j: Tensor, heads: int) -> Tensor:
-    """One set: [B, P, H]."""
-    q, k = q.index_select(1, i), k.index_select(1, j)
-    q, k = q if a is None else q @ a, k if b is None else k @ b
-    return by_head(q * k, heads).sum(-1)
+def _product(rows: Tensor, index: Tensor, matrices: Tensor | None, count: int) -> Tensor:
+    """Rows [n, B, d] by index [c · P], through their sets' matrices [c, d, m]: [c · P, B, m]."""
+    found = rows.index_select(0, index)
+    if matrices is None:
+        return found
+    return torch.bmm(found.view(count, -1, found.shape[-1]), matrices).view(*found.shape[:2], -1)
 
 
-def _value(v: Tensor, w: Tensor, weights: Tensor, j: Tensor, heads: int) -> Tensor:
-    """One set: [B, P, m]."""
-    return (by_head(v.index_select(1, j) @ w, heads) * weights.unsqueeze(-1)).flatten(2)
+def _score(q: Tensor, k: Tensor, a: Tensor | None, b: Tensor | None, chunk: Chunk, heads: int) -> Tensor:
+    """One chunk: [c · P, B, H]."""
+    return by_head(_product(q, chunk.i, a, chunk.count) * _product(k, chunk.j, b, chunk.count), heads).sum(-1)
+
+
+def _value(v: Tensor, matrices: Tensor, weights: Tensor, chunk: Chunk, heads: int) -> Tensor:
+    """One chunk: [c · P, B, m]."""
+    values = by_head(_product(v, chunk.j, matrices, chunk.count), heads)
+    return (values * weights.index_select(0, chunk.places).unsqueeze(-1)).flatten(2)
