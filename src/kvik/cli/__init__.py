@@ -23,6 +23,7 @@ from kvik.cli import (
     serve,
     trace,
     train,
+    train_lm,
     transcribe,
     translate,
     tune,
@@ -32,7 +33,7 @@ from kvik.errors import KvikError
 
 __all__ = [
     "app", "bench", "compare", "doctor", "eval", "heads", "main", "plan", "run", "serve", "trace", "train",
-    "transcribe", "translate", "tune",
+    "train_lm",    "transcribe", "translate", "tune",
 ]  # fmt: skip
 
 OURS = {"GOMP_SPINCOUNT": "3000"}  # set before torch loads: idle OpenMP threads soon stop burning a core

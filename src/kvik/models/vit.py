@@ -97,6 +97,15 @@ class ViTConfig(EncoderConfig):
             norms += [f"encoder.layer.{i}.{norm}" for norm in _NORMS]
         return shapes | {f"{norm}.{part}": (hidden,) for norm in norms for part in ("weight", "bias")}
 
+    def to_hf(self) -> dict[str, object]:
+        """config.json, which `read` reads."""
+        return {
+            "model_type": self.family, "hidden_size": self.hidden, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "intermediate_size": self.ffn, "hidden_act": self.activation,
+            "layer_norm_eps": self.norm_eps, "image_size": self.size, "patch_size": self.patch,
+            "num_channels": self.channels, "qkv_bias": self.qkv_bias, "operator": self.operator,
+        }  # fmt: skip
+
     def other_names(self) -> dict[str, tuple[str, ...]]:
         """Files with a head have a prefix; transformers 5's modules have names of their own."""
         found: dict[str, tuple[str, ...]] = {}

@@ -2,7 +2,8 @@
 
 The first operator of a list, rotary attention at a size's width, says how many parameters and operations that is; each
 other one then also runs at the width that comes nearest to either. Trainings that several questions share are one. Each
-finished training is a line of a file under a key of all that it depends on, so that a comparison goes on where it ended.
+finished training is a line of a file under a key of all that it depends on, so that a comparison goes on where it
+ended.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from kvik.train.trials import Trial, run
 BASE = "attention:rotary"
 TEXT = (BASE, "attention:learned", "translution:qkv", "translution:k", "lor:qkv,4", "bucketed:qkv,16", "convolution:5")
 PICTURES = (
-    "attention:learned", "attention", "translution:qkv", "translution:v", "lor:qkv,4", "bucketed:qkv,2", "convolution:3",
+    "attention:learned", "attention", "translution:qkv", "translution:v", "lor:qkv,4", "bucketed:qkv,2",
+    "convolution:3",
 )  # fmt: skip
 MASKED = (BASE, "translution:qkv", "bucketed:qkv,16", "convolution:5")
 SHARES = ("", "last-half", "last:2")
@@ -171,6 +173,16 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise StorageError(f"{path}: can't be written ({error.strerror or error}); name another file") from None
+
+
+def sizes(widths: str, layers: int) -> tuple[Size, ...]:
+    """Networks of so many channels, "48,96". Raises UsageError."""
+    found = widths.split(",")
+    if not 1 <= len(found) <= 2 or not all(each.strip().isdecimal() and 8 <= int(each) <= 4096 for each in found):
+        raise UsageError(f"--widths {widths!r}: give one or two numbers of channels from 8 to 4,096, such as 48,96")
+    if any(int(each) % 4 for each in found) or not 1 <= layers <= 96:
+        raise UsageError(f"--widths {widths!r} --layers {layers}: widths are multiples of 4, layers 1 to 96")
+    return tuple(Size(name, int(each), layers, 2) for name, each in zip(("small", "large"), found, strict=False))
 
 
 def check(parts: tuple[str, ...]) -> None:

@@ -141,7 +141,7 @@ class Loop:
             group["lr"] = schedule.rate_at(self.steps)
         generator = torch.Generator().manual_seed(schedule.seed << 32 | self.steps)
         loss = self._loss(self.network, self._draw(generator, schedule.batch))
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.network.parameters(), schedule.clip)
         self.optimiser.step()
         self.optimiser.zero_grad()

@@ -84,8 +84,8 @@ def _text(source: str) -> tuple[str, str]:
         return Path(source).name, Path(source).read_bytes().decode("utf-8")
     except OSError as error:
         raise StorageError(
-            f"{source}: can't be read ({error.strerror or error}), so there is nothing to learn from; name a text file, "
-            f"or {TOPICS!r}"
+            f"{source}: can't be read ({error.strerror or error}), so there is nothing to learn from; name a text "
+            f"file, or {TOPICS!r}"
         ) from None
     except UnicodeDecodeError as error:
         raise StorageError(f"{source}: is no UTF-8 at byte {error.start:,}; convert it, or name another file") from None

@@ -63,7 +63,8 @@ class LoRTranslution(Operator):
         out = mixed(weights, self.v(x), None, pairs)
         if not self.valuing:
             return out
-        return (out + self.v_up(mixed(weights, self.v_low(x), self.matrices("v"), pairs, self.recompute))) / 2
+        far: Tensor = self.v_up(mixed(weights, self.v_low(x), self.matrices("v"), pairs, self.recompute))
+        return (out + far) / 2
 
     def shapes(self) -> list[LayerShape]:
         """See the class."""

@@ -1,14 +1,14 @@
 """Scores and mixtures over pairs of tokens, some sets of matrices at a time: no tensor [n, n, d, m] ever exists.
 
-The pairs (i, j) that a set of matrices serves are gathered, multiplied by its one matrix, and reduced to a score a head,
-or added to their token's output; `SETS` sets go through one batched product, those with as many pairs together. All sets'
-pairs are the n² pairs (half of them in a causal line), each multiplied once: 2 · pairs · d · m operations a projection,
-each matrix read once. At once are held the rows of `SETS` sets, SETS · n · (d + m) numbers a text at the most; where
-gradients are wanted, all pairs' rows, pairs · (d + m), or again those of `SETS` sets where `recompute` says so (they are
-computed a second time on the way back).
+The pairs (i, j) that a set of matrices serves are gathered, multiplied by its one matrix, and reduced to a score a
+head, or added to their token's output; `SETS` sets go through one batched product, those with as many pairs together.
+All sets' pairs are the n² pairs (half of them in a causal line), each multiplied once: 2 · pairs · d · m operations a
+projection, each matrix read once. At once are held the rows of `SETS` sets, SETS · n · (d + m) numbers a text at the
+most; where gradients are wanted, all pairs' rows, pairs · (d + m), or again those of `SETS` sets where `recompute` says
+so (they are computed a second time on the way back).
 
-Legend: B texts, n tokens, H heads, D width of a head, d inputs, m = H · D outputs, K sets, c sets of a chunk, P pairs of
-the largest of them.
+Legend: B texts, n tokens, H heads, D width of a head, d inputs, m = H · D outputs, K sets, c sets of a chunk, P pairs
+of the largest of them.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Pairs:
         chunks = [Chunk(c.count, *(x.to(device) for x in (c.i, c.j, c.places))) for c in chunks]
         sets = tuple(zip(order.tolist(), mirrored.tolist(), strict=True))
         plain = torch.arange(geometry.sets)
-        orders = (None if torch.equal(each, plain) else each.to(device) for each in (order, mirrored))
-        return cls(n, tuple(chunks), *orders, (table < 0).to(device), table.to(device), sets)
+        keys, queries = (None if torch.equal(each, plain) else each.to(device) for each in (order, mirrored))
+        return cls(n, tuple(chunks), keys, queries, (table < 0).to(device), table.to(device), sets)
 
     def cut(self, weight: Tensor | None, order: Tensor | None) -> list[Tensor] | list[None]:
         """Matrices [K, d, m] chunk by chunk, [c, d, m]; their gradients are put together once."""
