@@ -1,4 +1,4 @@
-"""What the tests of operators share: a cache that keeps f64 rows in two halves, and the plain definition, pair by pair."""
+"""What tests of operators share: a cache that keeps f64 rows in two halves, and the plain definition, pair by pair."""
 
 from dataclasses import replace
 

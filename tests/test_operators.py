@@ -1,4 +1,4 @@
-"""Translution is what its formula says, self-attention and convolution are cases of it, and no token sees a later one."""
+"""Translution is what its formula says, attention and convolution are cases of it, and no token sees a later one."""
 
 import pytest
 import torch

@@ -28,6 +28,7 @@ PICTURES = (
     "convolution:3",
 )  # fmt: skip
 MASKED = (BASE, "translution:qkv", "bucketed:qkv,16", "convolution:5")
+PICTURE_STEPS = 4  # of pictures, for each of texts: they are smaller, and learnt more slowly
 SHARES = ("", "last-half", "last:2")
 Equal = Literal["width", "parameters", "operations"]
 EQUALS: tuple[Equal, ...] = ("width", "parameters", "operations")
@@ -73,16 +74,19 @@ class Question:
 def questions(
     steps: int, seeds: int, length: int, batch: int, parts: tuple[str, ...], sizes: tuple[Size, ...] = SIZES
 ) -> Iterator[Question]:
-    """All of a comparison, in the order in which they are answered: one seed of everything small, then the next."""
+    """All of a comparison, in the order in which they are answered: one seed of everything small, then the next; then
+    the large networks, of texts alone; still pictures last. Pictures take `PICTURE_STEPS` times as many steps."""
+    small, *others = sizes
     for seed in range(seeds):
-        for size in sizes[:1]:
-            for part in parts:
-                yield from _part(part, size, Schedule(steps, batch, seed=seed), length)
-    for seed in range(seeds):
-        for size in sizes[1:]:
-            for part in parts:
-                if part in ("text", "moving"):
-                    yield from _part(part, size, Schedule(steps, batch, seed=seed), length)
+        for part in (each for each in parts if each != "digits"):
+            yield from _part(part, small, Schedule(_steps(part, steps), batch, seed=seed), length)
+    for part, size in (*(("text", size) for size in others), ("digits", small)):
+        for seed in range(seeds if part in parts else 0):
+            yield from _part(part, size, Schedule(_steps(part, steps), batch, seed=seed), length)
+
+
+def _steps(part: str, steps: int) -> int:
+    return steps * PICTURE_STEPS if part in ("digits", "moving") else steps
 
 
 def _part(part: str, size: Size, schedule: Schedule, length: int) -> Iterator[Question]:
@@ -95,7 +99,7 @@ def _part(part: str, size: Size, schedule: Schedule, length: int) -> Iterator[Qu
         return
     operators = {"text": TEXT, "masked": MASKED}.get(part, PICTURES)
     base = Trial(part, operators[0], size.layers, size.width, size.heads, length, schedule)
-    for equal in EQUALS if part in ("text", "moving") else EQUALS[:1]:
+    for equal in EQUALS[: {"text": 3, "moving": 2}.get(part, 1)]:
         for operator in operators:
             trial = replace(base, operator=operator)
             yield Question(part, size.name, equal, operator, trial if equal == "width" else fitted(trial, base, equal))

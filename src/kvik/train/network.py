@@ -81,6 +81,13 @@ class Block(nn.Module):
             if owner == layer:
                 kept[layer] = self.mixer.rows(n)
             x = x + self.mixer.o(self.mixer.mix_with(n, *kept[owner]))
+        return self._fed(x)
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of the layer, where its operator's `step` has given `mixed`: [T, d] → [T, d]."""
+        return self._fed(x + self.mixer.o(mixed))
+
+    def _fed(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.down(gelu_tanh(self.up(self.ln_2(x))))
         return out
 

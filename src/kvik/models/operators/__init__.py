@@ -31,7 +31,7 @@ __all__ = [
 
 def geometry(form: Form, length: int, causal: bool = True) -> Line:
     """Where a text's tokens stand to one another, as an operator tells them apart."""
-    starts = form.starts(length) if form.kind == "bucketed" else None
+    starts = form.starts(length) if form.kind == "bucketed" else (0,) if form.kind == "attention" else None
     kernel = form.kind == "convolution"
     reach = form.number if causal else form.number // 2 + 1  # a kernel's side, or one of its two sides
     return Line(min(reach, length) if kernel else length, causal, starts, cut=kernel)

@@ -12,7 +12,7 @@ from kvik.cache.shape import LayerShape
 from kvik.models.operators.form import Positions
 from kvik.models.operators.geometry import Geometry
 from kvik.models.operators.operator import Operator, flat
-from kvik.models.operators.pairs import by_head, mixed, plain
+from kvik.models.operators.pairs import by_head, plain
 from kvik.models.watch import Chunk
 
 THETA = 10_000.0
@@ -48,20 +48,26 @@ class SelfAttention(Operator):
 
     def mix_with(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Its queries over given rows."""
-        pairs = self.pairs(x)
+        hidden = self.geometry.table(x.shape[1]).to(x.device) < 0
         q = self.turned(self.q(x), torch.arange(x.shape[1], device=x.device))
-        found = (plain(q, k, self.heads) * self.scale).masked_fill(pairs.hidden, -torch.inf)
-        return mixed(found.softmax(-1), v, None, pairs)
+        found = (plain(q, k, self.heads) * self.scale).masked_fill(hidden, -torch.inf)
+        values = by_head(v, self.heads).transpose(1, 2)
+        return (found.softmax(-1) @ values).transpose(1, 2).flatten(2)
 
     def shapes(self) -> list[LayerShape]:
         """See `Operator.shapes`."""
         self.check_causal()
-        return [LayerShape(self.heads, (("k", self.m // self.heads), ("v", self.m // self.heads)))]
+        width = self.m // self.heads
+        turned = tuple(THETA ** (-2 * pair / width) for pair in range(width // 2))
+        frequencies = turned if self.positions == "rotary" else None
+        return [LayerShape(self.heads, (("k", width), ("v", width)), frequencies=frequencies)]
 
     def step(self, chunk: Chunk, first: int, x: Tensor) -> Tensor:
         """See `Operator.step`."""
         places = torch.tensor(chunk.positions, device=x.device)
         q, k = (by_head(self.turned(each(x), places), self.heads) for each in (self.q, self.k))
+        if self.positions == "rotary":  # what is turned together lies together, as a cache takes it; no score changes
+            q, k = (each.view(*each.shape[:-1], 2, -1).transpose(-1, -2).flatten(-2) for each in (q, k))
         chunk.append(first, k=k, v=by_head(self.v(x), self.heads))
         return chunk.attend(first, q, scale=self.scale).out.flatten(1)
 
