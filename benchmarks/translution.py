@@ -139,7 +139,7 @@ def draw_decode(found, path):
         head(
             figure, "One more token: milliseconds by length",
             f"one layer, width {WIDTH}, {HEADS} heads, f32, one thread; dots: measured, fastest round; lines: weights "
-            f"that a step reads, at {found['read_gb_s']:.0f} GB/s as measured beside, and what the shortest step costs else",
+            f"that a step reads, at {found['read_gb_s']:.0f} GB/s as measured beside, and the shortest step's rest",
         )  # fmt: skip
         axes = figure.subplots()
         figure.subplots_adjust(left=0.08, right=0.8, top=0.82, bottom=0.12)

@@ -11,8 +11,10 @@ from kvik.errors import ConfigError, SpecError, UsageError
 from kvik.models.families import from_hf, from_json
 from kvik.models.gpt import GPTConfig
 from kvik.models.model import Model
+from kvik.models.shapes.families import from_config
 from kvik.models.vit import ViTConfig
 from kvik.models.weights import check
+from kvik.plan import run_plan
 from kvik.train.network import GPT, ViT, parameters
 
 WORDS = [
@@ -140,3 +142,28 @@ def test_a_vit_takes_operators_by_the_same_word(word):
     assert model.spec().nbytes(100).allocated == 0
     with pytest.raises(ConfigError, match="two positions"):
         pictures("attention:rotary").mixer()
+
+
+def test_plans_know_operators():
+    """The figures of the paper's code by formula: GPT base, 1,024 positions, all three relative."""
+    millions = {"gpt-base": 163.0, "translution-base": 21_884.3, "lor-base": 505.5, "bucketed-base": 480.7}
+    for name, wanted in millions.items():
+        plan = run_plan(name)
+        assert plan.shape.parameters / 1e6 == pytest.approx(wanted, abs=0.05), name
+    plan = run_plan("translution-base")
+    assert plan.per_token.payload == 12 * 768 * 2 and plan.weight_bytes == 4 * plan.shape.parameters
+    told = " ".join(plan.notes)
+    assert "2.2 TiB for each of 3" in told and "9.0 GiB in all" in told and "48.0 MiB at a time" in told
+    for word in WORDS:
+        given = config(word)
+        shape = from_config(given.to_hf())
+        assert shape.parameters == parameters(GPT(given)) and list(shape.layers) == given.layer_shapes(), word
+    shared = config("attention:rotary", layers=4).sharing("last-half")
+    assert from_config(shared.to_hf()).parameters == parameters(GPT(shared))
+
+
+def test_an_operator_keeps_what_its_form_says():
+    for word in WORDS:
+        given = config(word)
+        assert given.mixer(0).shapes() * 2 == given.layer_shapes(), word
+        assert given.cost.sets == given.mixer(0).geometry.sets, word

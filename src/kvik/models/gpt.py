@@ -23,9 +23,9 @@ from kvik.errors import ConfigError
 from kvik.models.config import MOST_LAYERS, MOST_ROWS, MOST_WIDTH, Config, end_ids, first_id
 from kvik.models.decoder import narrowed
 from kvik.models.fields import Fields
+from kvik.models.forms import THETA, Cost, Form
 from kvik.models.layer import Layer
-from kvik.models.operators import Cost, Form, Operator, geometry, make
-from kvik.models.operators.attention import THETA
+from kvik.models.operators import Operator, geometry, make
 from kvik.models.parts import Rotation, Source
 from kvik.models.rope import Rope
 from kvik.models.watch import Chunk
@@ -70,7 +70,7 @@ class GPTConfig(Config):
     @property
     def cost(self) -> Cost:
         """Of a layer's operator."""
-        sets = geometry(self.form, self.max_positions).sets
+        sets = self.form.sets(self.max_positions)
         return Cost(self.hidden, self.heads * self.head_dim, self.heads, sets, self.form)
 
     @property
@@ -89,11 +89,7 @@ class GPTConfig(Config):
 
     def layer_shapes(self) -> list[LayerShape]:
         """What is kept of a token: an operator may have several layers in a cache, or read those of another."""
-        with torch.device("meta"):
-            shapes = self.mixer(0).shapes()
-        if self.form.positions == "rotary":
-            turned = tuple(self.rope.frequencies()[0].tolist())
-            shapes = [replace(shape, frequencies=turned) for shape in shapes]
+        shapes = self.form.layer_shapes(self.hidden, self.heads, self.head_dim, self.max_positions)
         every = shapes * self.layers
         return list(sharing.shared(every, self.owners)) if self.owners else every
 

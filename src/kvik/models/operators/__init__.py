@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from kvik.models.forms import Cost, Form
 from kvik.models.operators.attention import SelfAttention
 from kvik.models.operators.bucketed import BucketedTranslution, grid_of
-from kvik.models.operators.form import Cost, Form
 from kvik.models.operators.geometry import Geometry, Grid, Line
 from kvik.models.operators.lor import LoRTranslution
 from kvik.models.operators.operator import Init, Operator

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from kvik.cache.shape import LayerShape
-from kvik.models.operators.form import Positions
+from kvik.models.forms import THETA, Form, Positions
 from kvik.models.operators.geometry import Geometry
 from kvik.models.operators.operator import Operator, flat
 from kvik.models.operators.pairs import by_head, plain
 from kvik.models.watch import Chunk
-
-THETA = 10_000.0
 
 
 class SelfAttention(Operator):
@@ -52,15 +50,13 @@ class SelfAttention(Operator):
         q = self.turned(self.q(x), torch.arange(x.shape[1], device=x.device))
         found = (plain(q, k, self.heads) * self.scale).masked_fill(hidden, -torch.inf)
         values = by_head(v, self.heads).transpose(1, 2)
-        return (found.softmax(-1) @ values).transpose(1, 2).flatten(2)
+        out: Tensor = (found.softmax(-1) @ values).transpose(1, 2).flatten(2)
+        return out
 
     def shapes(self) -> list[LayerShape]:
         """See `Operator.shapes`."""
         self.check_causal()
-        width = self.m // self.heads
-        turned = tuple(THETA ** (-2 * pair / width) for pair in range(width // 2))
-        frequencies = turned if self.positions == "rotary" else None
-        return [LayerShape(self.heads, (("k", width), ("v", width)), frequencies=frequencies)]
+        return Form("attention", self.positions).layer_shapes(self.d, self.heads, self.m // self.heads, 1)
 
     def step(self, chunk: Chunk, first: int, x: Tensor) -> Tensor:
         """See `Operator.step`."""

@@ -17,8 +17,9 @@ and a trim mean what they mean elsewhere, and attention is kvik's own: one call 
 Ranges of one offset need no rows: that token's key is used at this step alone. Rows of the first s_b steps stand for no
 token; a channel more in the keys, -30,000 there and 0 elsewhere, hides them from every query.
 
-A step costs 2 d m for each range and relative projection, and 4 n m for attention, however long the text is. Kept are k
-and v of every token once (each is in one range), and x of those that have a boundary before them.
+A step costs 2 d m for each range and relative projection, however long the text is, and 4 n m for attention. Each token
+is in one range at a time, so that k and v are kept once for each; x is kept of those that have a boundary before them.
+The last range's lanes also hold its first s_b rows, those of no token.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from kvik.cache.shape import LayerShape
+from kvik.models.forms import ranges, wide
 from kvik.models.operators.geometry import Grid, Line
 from kvik.models.operators.pairs import by_head, plain
 from kvik.models.operators.translution import Relative
@@ -34,7 +36,6 @@ from kvik.models.watch import Chunk
 from kvik.ops.reads import Partial, merge
 
 HIDDEN = -30_000.0  # fits f16, and scaled by any 1/√D still gives a weight of exactly 0
-_MARKS = 2  # channels more in a key, of which one is used: widths stay even
 
 
 class BucketedTranslution(Relative):
@@ -69,22 +70,13 @@ class BucketedTranslution(Relative):
         assert isinstance(self.geometry, Line) and self.geometry.starts is not None, "ranges begin somewhere"
         return self.geometry.starts
 
-    def windows(self) -> list[tuple[int, int | None]]:
-        """Ranges that have rows: (number, width); None = without an end."""
-        ends = [*self.starts[1:], None]
-        wide = [(number, None if end is None else end - self.starts[number]) for number, end in enumerate(ends)]
-        return [(number, width) for number, width in wide if width != 1]
-
     def shapes(self) -> list[LayerShape]:
         """See the class."""
-        far, width = self.starts[-1], self.m // self.heads
-        kept = [LayerShape(1, (("x", self.d),), window=far + 1, use="delay")] if far else []
-        rows = (("k", width + _MARKS), ("v", width))
-        return kept + [LayerShape(self.heads, rows, window=window, use="delay") for _, window in self.windows()]
+        return ranges(self.starts, self.d, self.heads, self.m // self.heads)
 
     def step(self, chunk: Chunk, first: int, x: Tensor) -> Tensor:
         """See `Operator.step`."""
-        layers = {number: first + bool(self.starts[-1]) + at for at, (number, _) in enumerate(self.windows())}
+        layers = {number: first + bool(self.starts[-1]) + at for at, (number, _) in enumerate(wide(self.starts))}
         earlier = self._earlier(chunk, first, x)
         found: Partial | None = None
         for number in range(len(self.starts)):

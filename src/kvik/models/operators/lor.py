@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvik.cache.shape import LayerShape
+from kvik.models.forms import Form
 from kvik.models.operators import decoding
 from kvik.models.operators.geometry import Geometry
 from kvik.models.operators.operator import Init, Offsets, Operator, flat
@@ -69,9 +70,8 @@ class LoRTranslution(Operator):
     def shapes(self) -> list[LayerShape]:
         """See the class."""
         self.check_causal()
-        kept = [("k", self.m), ("v", self.m)]
-        kept += [("k_low", self.rank)] * self.scoring + [("v_low", self.rank)] * self.valuing
-        return [LayerShape(1, tuple(kept), use="read")]
+        form = Form("lor", relative=self.relative, number=self.rank // self.heads)
+        return form.layer_shapes(self.d, self.heads, self.m // self.heads, 1)
 
     def step(self, chunk: Chunk, first: int, x: Tensor) -> Tensor:
         """See `Operator.step`."""

@@ -13,9 +13,10 @@ n² · d · m numbers a projection.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvik.cache.shape import LayerShape
+from kvik.models.forms import Form
 from kvik.models.operators import decoding
 from kvik.models.operators.geometry import Geometry, Line
 from kvik.models.operators.operator import Init, Offsets, Operator, flat
@@ -78,9 +79,7 @@ class Translution(Relative):
     def shapes(self) -> list[LayerShape]:
         """See the class."""
         self.check_causal()
-        kept = [("x", self.d)] if set(self.relative) & {"k", "v"} else []
-        kept += [(name, self.m) for name in "kv" if name not in self.relative]
-        return [LayerShape(1, tuple(kept), use="read")]
+        return Form("translution", relative=self.relative).layer_shapes(self.d, self.heads, self.m // self.heads, 1)
 
     def step(self, chunk: Chunk, first: int, x: Tensor) -> Tensor:
         """See `Operator.step`."""
@@ -142,8 +141,3 @@ class Convolution(Operator):
                 ]
                 outs.append(torch.stack(parts).sum(0))
         return torch.cat(outs)
-
-
-def parts(module: nn.Module) -> dict[str, Tensor]:
-    """An operator's tensors by name."""
-    return {name: tensor.detach() for name, tensor in module.state_dict().items()}

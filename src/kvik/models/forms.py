@@ -15,15 +15,19 @@ rank · H, S how many of q, k, v are relative. Operations are multiplications an
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from kvik.cache.shape import LayerShape
 from kvik.errors import ConfigError
 
 Kind = Literal["attention", "translution", "lor", "bucketed", "convolution"]
 Positions = Literal["none", "learned", "rotary"]
 
 EXAMPLES = "attention:rotary, translution:qkv, lor:qkv,8, bucketed:qkv,16 or convolution:3"
+THETA = 10_000.0  # of rotary attention
+MARKS = 2  # channels more in a key of a range, of which one is used: widths stay even
 MOST = 4096  # channels a head of a low rank, buckets, or offsets of a kernel
 _SUBSETS = ("q", "k", "v", "qk", "qv", "kv", "qkv")
 
@@ -84,6 +88,50 @@ class Form:
         for start in later:
             found.append(max(start, found[-1] + 1))
         return tuple(found)
+
+    def sets(self, length: int) -> int:
+        """Matrices of each relative projection, in a causal text of at most `length` tokens."""
+        known = {"attention": 1, "convolution": min(self.number, length), "bucketed": min(self.number, length)}
+        return known.get(self.kind, length)
+
+    def layer_shapes(self, d: int, heads: int, width: int, length: int) -> list[LayerShape]:
+        """What a layer's operator keeps of a token, in a causal text: its layers in a cache. Why: in each class.
+
+        Args:
+            d, heads, width: channels of the model, heads, and channels of a head.
+        """
+        m = heads * width
+        if self.kind == "attention":
+            turned = tuple(THETA ** (-2 * pair / width) for pair in range(width // 2))
+            frequencies = turned if self.positions == "rotary" else None
+            return [LayerShape(heads, (("k", width), ("v", width)), frequencies=frequencies)]
+        if self.kind == "bucketed":
+            return ranges(self.starts(length), d, heads, width)
+        if self.kind == "convolution":
+            return [LayerShape(1, (("x", d),), window=self.sets(length), use="read")]
+        kept = [("k", m), ("v", m)]
+        if self.kind == "translution":
+            kept = [("x", d)] if set(self.relative) & {"k", "v"} else []
+            kept += [(name, m) for name in "kv" if name not in self.relative]
+        else:
+            rank = self.number * heads
+            kept += [("k_low", rank)] * bool(set(self.relative) & {"q", "k"})
+            kept += [("v_low", rank)] * ("v" in self.relative)
+        return [LayerShape(1, tuple(kept), use="read")]
+
+
+def wide(starts: Sequence[int]) -> list[tuple[int, int | None]]:
+    """Ranges of more than one offset: (number, width); None = without an end."""
+    ends = [*starts[1:], None]
+    widths = [(number, None if end is None else end - starts[number]) for number, end in enumerate(ends)]
+    return [(number, width) for number, width in widths if width != 1]
+
+
+def ranges(starts: Sequence[int], d: int, heads: int, width: int) -> list[LayerShape]:
+    """What an operator with ranges keeps: x, if any range begins after 0, and a layer for each wide range."""
+    kept = [LayerShape(1, (("x", d),), window=starts[-1] + 1, use="delay")] if starts[-1] else []
+    rows = (("k", width + MARKS), ("v", width))
+    return kept + [LayerShape(heads, rows, window=window, use="delay") for _, window in wide(starts)]
 
 
 @dataclass(frozen=True)
