@@ -1,6 +1,7 @@
 """What operators cost in decoding and in training, and a long series: docs/translution.json and its pictures.
 
-    python benchmarks/translution.py --json docs/translution.json --decode docs/operators.png --series docs/series.png
+    python benchmarks/translution.py --json docs/translution.json --decode docs/operators.png --series docs/series.png \\
+        --drawing docs/translution.png
 
 Rounds of all operators follow one another, and the machine's rate of reading is measured in the same rounds: what is
 drawn is each one's fastest round. One thread.
@@ -125,7 +126,7 @@ def long_series(steps, frames):
     with torch.inference_mode():
         short = float((watcher(pictures).argmax(-1) == labels).float().mean())
     pictures, labels = series.drawn(given.held, frames, 1, torch.Generator().manual_seed(1))
-    courses = [series.follow(watcher, pictures[0], labels[0], kv) for kv in PERIODS]
+    courses = series.follow(watcher, pictures[0], labels[0], PERIODS)
     return {
         "learnt_length": 64,
         "steps": steps,
@@ -189,11 +190,60 @@ def draw_series(found, path):
     write(path, (11, 3.6), paint)
 
 
+def draw_operators(path):
+    """Which matrix serves which pair of tokens, operator by operator."""
+    panels = (
+        ("attention", "Self-attention", "one matrix for all pairs;\nweights from the tokens", "keeps k and v"),
+        (
+            "convolution:3",
+            "Convolution",
+            "a matrix for each offset;\nweights fixed, nothing beyond",
+            "keeps x of the last 3",
+        ),
+        ("translution:qkv", "Translution", "a matrix for each offset;\nweights from the tokens", "keeps x"),
+        ("bucketed:qkv,4", "Bucketed", "a matrix for each range of\noffsets; weights from the tokens", "keeps k and v"),
+    )
+    shades = ("#d1480b", "#e98b3a", "#f2c14e", "#9cc06b", "#4aa3a2", "#0b6fb8", "#4a5fb0", "#7a4fa3")
+
+    def paint(figure):
+        head(
+            figure, "Which matrix serves token j for token i",
+            "eight tokens, causal; a cell's number is the set of matrices of the pair (query i, key and value j)",
+        )  # fmt: skip
+        for place, (word, name, what, keeps) in zip(figure.subplots(1, 4), panels, strict=True):
+            form = Form.parse(word)
+            table = geometry(form, 8).table(8)
+            for i in range(8):
+                for j in range(8):
+                    number = int(table[i, j])
+                    colour = shades[number] if number >= 0 else "#f3f4f6"
+                    place.add_patch(square(j, i, colour))
+                    if number >= 0:
+                        place.text(j + 0.5, i + 0.5, number, ha="center", va="center", color="white", fontsize=7.5)
+            place.set(xlim=(0, 8), ylim=(8, 0), aspect="equal", xticks=[], yticks=[])
+            place.grid(visible=False)
+            place.spines[:].set_visible(False)
+            place.set_title(name, loc="left", fontsize=11, weight="bold")
+            place.text(0, 8.35, what, va="top", fontsize=8.5)
+            place.text(0, 10.1, keeps, va="top", fontsize=8.5, color=SOFT)
+        figure.axes[0].set_ylabel("query i", color=SOFT)
+        figure.subplots_adjust(left=0.035, right=0.99, top=0.75, bottom=0.22, wspace=0.14)
+
+    write(path, (11, 4.2), paint)
+
+
+def square(x, y, colour):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), 0.94, 0.94, color=colour)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--decode", type=Path)
     parser.add_argument("--series", type=Path)
+    parser.add_argument("--drawing", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--frames", type=int, default=2000)
@@ -206,6 +256,8 @@ def main():
         found["training"] = training()
         given.json.write_text(json.dumps(found, indent=1) + "\n")
         draw_decode(found["decode"], given.decode)
+    if given.drawing:
+        draw_operators(given.drawing)
     if given.series:
         found["series"] = long_series(given.steps, given.frames)
         given.json.write_text(json.dumps(found, indent=1) + "\n")

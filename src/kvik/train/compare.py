@@ -8,6 +8,7 @@ ended.
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -108,15 +109,15 @@ def _part(part: str, size: Size, schedule: Schedule, length: int) -> Iterator[Qu
 def fitted(trial: Trial, base: Trial, equal: Equal) -> Trial:
     """The trial at the width at which its parameters, or operations, come nearest to the base's."""
 
-    def away(width: int) -> float:
-        one = replace(trial, width=width)
-        mine, theirs = (x.parameters if equal == "parameters" else x.operations for x in (one, base))
-        return abs(mine / theirs - 1)
+    def size(one: Trial) -> int:
+        return one.parameters if equal == "parameters" else one.operations
 
     if (trial.operator, trial.share) == (base.operator, base.share):
         return base
-    step = 2 * trial.heads
-    return replace(trial, width=min(range(step, 4 * base.width, step), key=away))
+    step, target = 2 * trial.heads, size(base)
+    widths = [replace(trial, width=width) for width in range(step, 4 * base.width, step)]
+    at = bisect.bisect_left(widths, target, key=size)  # both grow with the width
+    return min(widths[max(at - 1, 0) : at + 1], key=lambda one: abs(size(one) / target - 1))
 
 
 def answer(

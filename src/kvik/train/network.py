@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kvik.models.gpt import GPTConfig
-from kvik.models.operators import Form, Operator, SelfAttention, geometry, grid, make
+from kvik.models.operators import Operator, SelfAttention, geometry, make
 from kvik.models.vit import ViTConfig
 from kvik.ops.pointwise import gelu_tanh
 
@@ -97,19 +97,14 @@ class ViT(nn.Module):
 
     def __init__(self, config: ViTConfig, classes: int) -> None:
         super().__init__()
-        self.config, form, side = config, Form.parse(config.operator), config.size // config.patch
+        self.config = config
         self.embeddings = nn.ParameterDict({"cls_token": torch.randn(1, 1, config.hidden) * SPREAD})
-        if form.positions == "learned":
+        if config.places:
             self.embeddings["position_embeddings"] = torch.randn(1, config.max_positions, config.hidden) * SPREAD
         self.patches = nn.Conv2d(config.channels, config.hidden, config.patch, config.patch)
-        where = grid(form, side, side)
         self.blocks = nn.ModuleList(
-            Block(
-                make(form, config.hidden, config.heads, config.head_dim, where),
-                config.hidden, config.ffn, config.norm_eps,
-            )
-            for _ in range(config.layers)
-        )  # fmt: skip
+            Block(config.mixer(), config.hidden, config.ffn, config.norm_eps) for _ in range(config.layers)
+        )
         self.layernorm = nn.LayerNorm(config.hidden, config.norm_eps)
         self.classifier = nn.Linear(config.hidden, classes)
 

@@ -7,7 +7,7 @@ another. What is asked at every frame is which digit it is at present: the frame
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kvik.cache.cache import Cache
 from kvik.cache.shape import LayerShape
 from kvik.cache.spec import Spec
+from kvik.cache.step import Step
 from kvik.models.operators import Form, Operator, geometry, make
 from kvik.train.loop import Batch
 from kvik.train.network import Block
@@ -81,18 +82,24 @@ class Watcher(nn.Module):
             kv: a spec string.
         """
         cache = Cache(Spec.parse(kv, self.shapes()), memory=256 << 20, shares=False)
-        with cache.open() as sequence, torch.inference_mode():
+        with cache.open() as sequence:
             for number, frame in enumerate(frames):
-                began, at = time.perf_counter(), 0
-                with sequence.append([number]) as step:
-                    x = self.frame(frame[None])
-                    for block in self.blocks:
-                        assert isinstance(block, Block), "all layers are"
-                        x = block.after(x, block.mixer.step(step, at, block.ln_1(x)))
-                        at += len(block.mixer.shapes())
-                    logits = self.head(self.norm(x))[0]
+                began = time.perf_counter()
+                logits = self._step(sequence.append([number]), frame)
                 sequence.settle()
                 yield logits, time.perf_counter() - began, sequence.nbytes.allocated
+
+    @torch.inference_mode()
+    def _step(self, step: Step, frame: Tensor) -> Tensor:
+        """One frame's logits [10]."""
+        at, x = 0, self.frame(frame[None])
+        with step:
+            for block in self.blocks:
+                assert isinstance(block, Block), "all layers are"
+                x = block.after(x, block.mixer.step(step, at, block.ln_1(x)))
+                at += len(block.mixer.shapes())
+        found: Tensor = self.head(self.norm(x))[0]
+        return found
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class Course:
     Attributes:
         kv: the spec; "none" = without a cache.
         at: frames at which time was taken.
-        ms: milliseconds a frame there, the median of some around it.
+        ms: milliseconds a frame there, the fastest of those since the last place.
         held: bytes held there: of a cache, or of the largest scores that a pass without one computes.
         right: frames told right, 0 to 1, by the same places.
     """
@@ -114,28 +121,34 @@ class Course:
     right: tuple[float, ...]
 
 
-def follow(watcher: Watcher, frames: Tensor, labels: Tensor, kv: str, every: int = 100) -> Course:
-    """A series through a cache, or, where kv is "none", again from the beginning for each frame (of which `every`-th
-    ones are timed, three times each)."""
+def follow(watcher: Watcher, frames: Tensor, labels: Tensor, specs: Sequence[str], every: int = 100) -> list[Course]:
+    """A series through several caches side by side, frame by frame, so that what else the machine does meets all alike;
+    and, where a spec is "none", every `every`-th frame by a pass over all frames so far."""
     watcher.eval()
-    times, held, right = list[float](), list[int](), list[float]()
-    if kv == "none":
-        heads = _mixer(watcher.blocks[0]).heads
-        for end in range(every, len(frames) + 1, every):
-            taken = sorted(_recomputed(watcher, frames[:end]) for _ in range(3))[1]
-            times.append(taken)
-            held.append(4 * heads * end * end)
-        with torch.inference_mode():
-            found = watcher(frames[None])[0].argmax(-1) == labels
-    else:
-        told = list(watcher.steps(frames, kv))
-        found = torch.stack([logits for logits, *_ in told]).argmax(-1) == labels
-        for end in range(every, len(frames) + 1, every):
-            times.append(sorted(seconds for _, seconds, _ in told[end - 40 : end])[20])
-            held.append(told[end - 1][2])
+    courses = {kv: watcher.steps(frames, kv) for kv in specs if kv != "none"}
+    told: dict[str, list[tuple[Tensor, float, int]]] = {kv: [] for kv in specs}
+    heads = _mixer(watcher.blocks[0]).heads
+    for number in range(len(frames)):
+        for kv, course in courses.items():
+            told[kv].append(next(course))
+        if (number + 1) % every == 0 and "none" in specs:
+            end = number + 1
+            taken = min(_recomputed(watcher, frames[:end]) for _ in range(3))
+            told["none"].append((torch.zeros(0), taken, 4 * heads * end * end))
     at = tuple(range(every, len(frames) + 1, every))
-    right = [float(found[end - every : end].float().mean()) for end in at]
-    return Course(kv, at, tuple(1e3 * each for each in times), tuple(held), tuple(right))
+    out = []
+    for kv, found in told.items():
+        if kv == "none":
+            with torch.inference_mode():
+                right = watcher(frames[None])[0].argmax(-1) == labels
+            times, held = [seconds for _, seconds, _ in found], [size for *_, size in found]
+        else:
+            right = torch.stack([logits for logits, *_ in found]).argmax(-1) == labels
+            times = [min(seconds for _, seconds, _ in found[end - every : end]) for end in at]
+            held = [found[end - 1][2] for end in at]
+        shares = [float(right[end - every : end].float().mean()) for end in at]
+        out.append(Course(kv, at, tuple(1e3 * each for each in times), tuple(held), tuple(shares)))
+    return out
 
 
 def _recomputed(watcher: Watcher, frames: Tensor) -> float:
