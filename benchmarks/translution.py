@@ -1,7 +1,7 @@
 """What operators cost in decoding and in training, and a long series: docs/translution.json and its pictures.
 
-    python benchmarks/translution.py --json docs/translution.json --decode docs/operators.png --series docs/series.png \\
-        --drawing docs/translution.png
+    python benchmarks/translution.py --json docs/translution.json --decode docs/operators.png \\
+        --series docs/series.png --drawing docs/translution.png
 
 Rounds of all operators follow one another, and the machine's rate of reading is measured in the same rounds: what is
 drawn is each one's fastest round. One thread.

@@ -94,6 +94,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(out[1:])
 
 
+def summary(rows: Sequence[Row], part: str) -> str:
+    """Markdown of one part's metric alone: operators down, sizes and what is equal across, each with its width."""
+    mine = [row for row in rows if row.part == part]
+    places = list(dict.fromkeys((row.size, row.equal) for row in mine))
+    out = ["| operator | " + " | ".join(f"{size}, equal {equal}" for size, equal in places) + " |"]
+    out.append("|---|" + "---:|" * len(places))
+    for label in dict.fromkeys(row.label for row in mine):
+        cells = []
+        for place in places:
+            found = next((row for row in mine if (row.size, row.equal, row.label) == (*place, label)), None)
+            name = None if found is None else _metric(part, found.figures)
+            cells.append("" if found is None or name is None else f"{_shown(found, name)} ({found.width})")
+        out.append(f"| `{label}` | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Bars of each operator, a panel a part and size, at equal width, parameters and operations."""
     panels = [(part, size) for part in METRICS for size in ("small", "shared", "large")
