@@ -61,6 +61,17 @@ def test_with_equal_offsets_it_is_self_attention(word, causal):
     assert away(operator.mix(x), attention.mix(x)) > 1e-4
 
 
+def test_rotary_attention_is_the_case_in_which_keys_are_turned_by_the_offset():
+    rotary, operator = drawn("attention:rotary"), drawn("translution:k")
+    for name in "qv":
+        operator.get_parameter(f"{name}.weight").copy_(rotary.get_parameter(f"{name}.weight"))
+    for offset in range(40):
+        turned = rotary.turned(rotary.k.weight.t(), torch.full((WIDTH,), -offset))
+        operator.k.weight[offset] = turned
+    x = inputs()[None]
+    assert away(operator.mix(x), rotary.mix(x)) < EXACT
+
+
 def test_in_a_picture_too():
     x, plain = torch.randn(2, 13, WIDTH, dtype=torch.float64), "attention"
     attention, operator = (

@@ -75,13 +75,11 @@ class Question:
 def questions(
     steps: int, seeds: int, length: int, batch: int, parts: tuple[str, ...], sizes: tuple[Size, ...] = SIZES
 ) -> Iterator[Question]:
-    """All of a comparison, in the order in which they are answered: one seed of everything small, then the next; then
-    the large networks, of texts alone; still pictures last. Pictures take `PICTURE_STEPS` times as many steps."""
+    """All of a comparison, in the order in which they are answered: part by part, texts in large networks behind what
+    is small, pictures last. Pictures take `PICTURE_STEPS` times as many steps."""
     small, *others = sizes
-    for seed in range(seeds):
-        for part in (each for each in parts if each != "digits"):
-            yield from _part(part, small, Schedule(_steps(part, steps), batch, seed=seed), length)
-    for part, size in (*(("text", size) for size in others), ("digits", small)):
+    places = [("text", small), ("share", small), ("masked", small), *(("text", size) for size in others)]
+    for part, size in (*places, ("moving", small), ("digits", small)):
         for seed in range(seeds if part in parts else 0):
             yield from _part(part, size, Schedule(_steps(part, steps), batch, seed=seed), length)
 
