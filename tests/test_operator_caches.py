@@ -157,3 +157,14 @@ def test_what_no_policy_can_weigh_is_refused():
     ):
         with pytest.raises(SpecError, match=named):
             cache_for(drawn(word), kv, halves=False)
+
+
+@pytest.mark.parametrize("word", ["bucketed:qkv,8", "bucketed:k,5", "convolution:3"])
+def test_texts_longer_than_all_windows(word):
+    """Token by token far beyond the last boundary: rows of x and of ranges leave when nobody asks for them any more."""
+    operator, x = drawn(word, double=False), inputs(150, double=False)
+    with cache_for(operator, halves=False).open() as sequence:
+        got = fed(operator, sequence, x, (1,) * 150, False)
+        held = sum(table.pages.size for table in sequence.tables)
+    assert away(got, operator.mix(x[None])[0]) < 5e-6
+    assert held <= 2 if "conv" in word else held < 2 * len(operator.shapes()) * HEADS + 2 * 5

@@ -26,6 +26,23 @@ def test_translution_is_its_formula_pair_by_pair(subset):
     assert away(operator.mix(x[None])[0], by_definition(operator, x)) < EXACT
 
 
+@pytest.mark.parametrize("place", ["grid", "line"])
+def test_where_both_sides_are_seen_queries_take_the_mirrored_set(place):
+    """q_ij = x_i Wq[idx(j, i)], k_ij = x_j Wk[idx(i, j)], v_ij = x_j Wv[idx(i, j)]: arXiv:2510.10060's code."""
+    form, n = Form.parse("translution:qkv"), 7
+    where = grid(form, 2, 3) if place == "grid" else geometry(form, n, causal=False)
+    operator = make(form, WIDTH, HEADS, HEAD, where).double().requires_grad_(False)
+    x, table = inputs(n), where.table(n)
+    wq, wk, wv = (operator.get_parameter(f"{name}.weight") for name in "qkv")
+    out = []
+    for i in range(n):
+        q = torch.stack([(x[i] @ wq[table[j, i]]).view(HEADS, -1) for j in range(n)])
+        k, v = (torch.stack([(x[j] @ w[table[i, j]]).view(HEADS, -1) for j in range(n)]) for w in (wk, wv))
+        weights = ((q * k).sum(-1) * operator.scale).softmax(0)
+        out.append((weights.unsqueeze(-1) * v).sum(0).flatten())
+    assert away(operator.mix(x[None])[0], torch.stack(out)) < EXACT
+
+
 def test_the_low_rank_form_is_its_formula():
     operator, x = drawn("lor:qkv,2", 9), inputs(9)
     o, n = operator, len(x)
