@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from kvik.bench.runs import measure
+from kvik.bench.speed_runs import measure_speed
 from kvik.errors import ConfigError, SpecError, UsageError
 from kvik.models.families import from_hf, from_json
 from kvik.models.gpt import GPTConfig
@@ -15,6 +17,7 @@ from kvik.models.shapes.families import from_config
 from kvik.models.vit import ViTConfig
 from kvik.models.weights import check
 from kvik.plan import run_plan
+from kvik.trace.recording import record
 from kvik.train.network import GPT, ViT, parameters
 
 WORDS = [
@@ -160,6 +163,19 @@ def test_plans_know_operators():
         assert shape.parameters == parameters(GPT(given)) and list(shape.layers) == given.layer_shapes(), word
     shared = config("attention:rotary", layers=4).sharing("last-half")
     assert from_config(shared.to_hf()).parameters == parameters(GPT(shared))
+
+
+def test_what_counts_attention_refuses_other_operators():
+    _, model = both(config("bucketed:k,4"))
+    for ask in (
+        lambda: record(model, [1, 2]),
+        lambda: measure(model, [1] * 16),
+        lambda: measure_speed(model, [1], [4]),
+    ):
+        with pytest.raises(UsageError, match="speaks of attention, and tiny's operator"):
+            ask()
+    _, plain = both(config("attention:rotary"))
+    assert len(list(record(plain, [1, 2, 3]))) == 3
 
 
 def test_an_operator_keeps_what_its_form_says():
