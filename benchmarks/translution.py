@@ -60,10 +60,14 @@ def decode(rounds):
     ready = {(word, n): (made[word], filled(made[word], n)) for n in LENGTHS for word in WORDS}
     best, x = dict.fromkeys(ready, np.inf), torch.randn(1, WIDTH)
     large, fastest = torch.randn(64 << 20), np.inf  # 256 MiB
+    rows, matrices, multiplied = torch.randn(512, 1, WIDTH), torch.randn(512, WIDTH, WIDTH), np.inf
     for _ in range(rounds):
         began = time.perf_counter()
         large.sum()
         fastest = min(fastest, time.perf_counter() - began)
+        began = time.perf_counter()
+        torch.bmm(rows, matrices)
+        multiplied = min(multiplied, time.perf_counter() - began)
         for key, (mixer, sequence) in ready.items():
             began = time.perf_counter()
             with sequence.append([0]) as step:
@@ -71,7 +75,8 @@ def decode(rounds):
             best[key] = min(best[key], time.perf_counter() - began)
             sequence.settle(0)
     times = {word: [1e3 * best[word, n] for n in LENGTHS] for word in WORDS}
-    return {"lengths": LENGTHS, "ms": times, "read_gb_s": large.nbytes / fastest / 1e9}
+    rates = {"read_gb_s": large.nbytes / fastest / 1e9, "product_gb_s": matrices.nbytes / multiplied / 1e9}
+    return {"lengths": LENGTHS, "ms": times, **rates}
 
 
 def predicted(word, n):
@@ -139,19 +144,23 @@ def draw_decode(found, path):
     def paint(figure):
         head(
             figure, "One more token: milliseconds by length",
-            f"one layer, width {WIDTH}, {HEADS} heads, f32, one thread; dots: measured, fastest round; lines: weights "
-            f"that a step reads, at {found['read_gb_s']:.0f} GB/s as measured beside, and the shortest step's rest",
+            f"one layer, width {WIDTH}, {HEADS} heads, f32, one thread; dots: measured, each the fastest of its rounds",
+            f"lines: the weights that a step reads, at the {found['product_gb_s']:.1f} GB/s of batched products of one "
+            "row, and the least that it takes beside",
         )  # fmt: skip
         axes = figure.subplots()
-        figure.subplots_adjust(left=0.08, right=0.8, top=0.82, bottom=0.12)
+        figure.subplots_adjust(left=0.08, right=0.85, top=0.79, bottom=0.12)
+        sides = {"bucketed:qkv,16": "bottom", "lor:qkv,8": "top"}
         for word, times in found["ms"].items():
             colour, line = COLOURS[word.split(":")[0]], "--" if word == "translution:v" else "-"
-            rate = found["read_gb_s"] * 1e6
+            rate = found["product_gb_s"] * 1e6
             bound = [predicted(word, n)[1] / rate for n in found["lengths"]]
-            rest = times[0] - bound[0]
+            rest = min(time - each for time, each in zip(times, bound, strict=True))
             axes.plot(found["lengths"], times, "o", color=colour, markersize=4)
             axes.plot(found["lengths"], [each + rest for each in bound], line, color=colour, linewidth=1.2)
-            axes.annotate(f" {word}", (found["lengths"][-1], times[-1]), color=colour, fontsize=8, va="center")
+            axes.annotate(
+                f" {word}", (found["lengths"][-1], times[-1]), color=colour, fontsize=8, va=sides.get(word, "center")
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(found["lengths"], [str(n) for n in found["lengths"]])
@@ -244,16 +253,17 @@ def main():
     parser.add_argument("--decode", type=Path)
     parser.add_argument("--series", type=Path)
     parser.add_argument("--drawing", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="0 draws what was measured")
     parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--frames", type=int, default=2000)
     given = parser.parse_args()
     torch.set_num_threads(1)
     found = json.loads(given.json.read_text()) if given.json.exists() else {}
     if given.decode:
-        with torch.inference_mode():
-            found["decode"] = decode(given.rounds)
-        found["training"] = training()
+        if given.rounds:
+            with torch.inference_mode():
+                found["decode"] = decode(given.rounds)
+            found["training"] = training()
         given.json.write_text(json.dumps(found, indent=1) + "\n")
         draw_decode(found["decode"], given.decode)
     if given.drawing:

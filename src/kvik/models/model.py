@@ -116,8 +116,8 @@ class Model:
         """Raises UsageError where an operator does more with its rows than attention, of which `what` speaks alone."""
         if any(layer.use != "attend" for layer in self.decoder.layers):
             raise UsageError(
-                f"{what} speaks of attention, and {self.config.name}'s operator reads its rows in its own way; use a model "
-                "with attention, or 'kvik plan' and docs/translution.md for what the operator costs"
+                f"{what} speaks of attention, and {self.config.name}'s operator reads its rows in its own way; use a "
+                "model with attention, or 'kvik plan' and docs/translution.md for what the operator costs"
             )
 
     @property
