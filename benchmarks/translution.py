@@ -194,7 +194,7 @@ def draw_series(found, path):
         panels[0].set_yscale("log")
         panels[1].set_yscale("log")
         panels[2].set_ylim(0, 1)
-        panels[0].legend(fontsize=7.5, frameon=False)
+        panels[1].legend(fontsize=7.5, frameon=False, loc="center right")
 
     write(path, (11, 3.6), paint)
 
@@ -269,7 +269,8 @@ def main():
     if given.drawing:
         draw_operators(given.drawing)
     if given.series:
-        found["series"] = long_series(given.steps, given.frames)
+        if given.rounds:
+            found["series"] = long_series(given.steps, given.frames)
         given.json.write_text(json.dumps(found, indent=1) + "\n")
         draw_series(found["series"], given.series)
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kvik.errors import StorageError, UsageError
+from kvik.errors import ConfigError, StorageError, UsageError
 from kvik.models.operators import Form
 from kvik.train.loop import Schedule
 from kvik.train.text import Corpus
@@ -200,5 +200,5 @@ def relative(label: str) -> str:
     """An operator's kind, for colours; a rule of sharing is attention's."""
     try:
         return Form.parse(label).kind
-    except Exception:
+    except ConfigError:
         return "attention"
