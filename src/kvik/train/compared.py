@@ -147,7 +147,7 @@ def _panel(axes: Axes, rows: Sequence[Row]) -> None:
             alpha=1 if row.equal == "parameters" else 0.6, linewidth=1.2,
         )  # fmt: skip
     axes.set_yticks([number + 0.2 for number in range(len(labels))], labels)
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.25, -0.4)
     names = {"width": "● width", "parameters": "■ parameters", "operations": "▲ operations"}
     equal = "  ".join(names[each] for each in EQUALS if any(row.equal == each for row in rows))
     axes.set_title(f"{TITLES[rows[0].part]}\n{rows[0].size} · equal {equal}", fontsize=8.5, loc="left")
