@@ -65,9 +65,8 @@ def test_what_is_trained_is_what_kvik_runs(word):
     assert {name: tuple(x.shape) for name, x in network.state_dict().items()} == model.config.tensor_shapes()
     assert (run(model, tokens) - want).abs().max() < 1e-5
     assert (run(model, tokens, "int8") - want).abs().max() < 0.2
-    assert (model.spec("f32").nbytes(64).payload > 0 and "x[24] f32" in str(model.spec("f32").groups[0])) or (
-        not word.startswith(("translution", "convolution"))
-    )
+    if word.startswith(("translution", "convolution")):
+        assert "x[24] f32" in str(model.spec("f32").groups[0])
 
 
 @pytest.mark.parametrize("rule", ["last-half", "last:2", "pairs"])
