@@ -53,6 +53,7 @@ def measure(
     Raises:
         ContextError, BudgetError: the text is too long for the model or the machine.
     """
+    model.check_attends("what a cache saves")
     lengths, context, prompt = grid(len(ids)), min(len(ids), BATCH_CONTEXT), max(len(ids) // 2, 1)
     model.check_context(len(ids))
     total = 2 * len(ids) + rounds * (len(ids) + sum(lengths) + 2 * context * sum(batch))

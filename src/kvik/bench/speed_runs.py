@@ -61,6 +61,7 @@ def measure_speed(
     Raises:
         ContextError, BudgetError: the longest is too long for the model or the machine.
     """
+    model.check_attends("where a step's time goes")
     model.check_context(contexts[-1] + 2 * tokens)
     total = rounds * sum(context + 2 * tokens * COST for context in contexts)
     runs = _Runs(model, list(ids), kv, tokens, show, total, clock or rates.clock_of(model.device))

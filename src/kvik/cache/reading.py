@@ -11,9 +11,12 @@ from torch import Tensor
 from kvik.cache.table import Rows
 from kvik.ops import pages as paged
 from kvik.ops.codecs import unrotated
+from kvik.ops.reads import Member, Reads
+from kvik.ops.reads import Rows as Held
 
 if TYPE_CHECKING:
     from kvik.cache.cache import Cache
+    from kvik.cache.parts import Part
     from kvik.cache.sequence import Sequence
 
 
@@ -37,6 +40,16 @@ def read(cache: Cache, sequence: Sequence, layer: int) -> dict[str, Tensor]:
             stream = out.setdefault(name, empty)
             stream[torch.from_numpy(mine[lanes]), places] = values[torch.from_numpy(lanes), torch.from_numpy(held)]
     return out
+
+
+def held(cache: Cache, sequence: Sequence, part: Part, reads: Reads, member: Member) -> Held:
+    """One sequence's rows of a layer in the middle of a step; see `Step.rows`."""
+    table, asking = sequence.tables[part.group], np.arange(member.start, member.start + member.count)
+    positions, slots = (each[part.lanes] for each in table.rows(member.start + member.count))
+    streams = decoded(cache, part.group, part.lanes, slots)
+    arrays = (positions[0], asking, reads.visible(asking[:, None], positions[0]))
+    at, new, visible = (torch.from_numpy(np.ascontiguousarray(each)).to(cache.device) for each in arrays)
+    return Held(at, new, visible, streams)
 
 
 def decoded(cache: Cache, group: int, lanes: slice, slots: Rows) -> dict[str, Tensor]:

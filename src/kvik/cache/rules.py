@@ -91,6 +91,16 @@ class Rule:
         if shape.source:
             return Retention()
         policy = self.retention.policy
+        if shape.use != "attend" and policy is not None:
+            raise SpecError(
+                f"{policy}: this model's operator reads its rows back itself, so that nobody sees what they weigh; "
+                "keep all rows, or use a window where the operator has no ranges of offsets"
+            )
+        if shape.use == "delay" and self.retention != Retention():
+            raise SpecError(
+                f"spec has '{self.retention}', but rows of this model's operator stand for earlier tokens than their "
+                "own and leave by its ranges of offsets; give the codec alone"
+            )
         if policy is not None and policy.pages is not None and "k" not in dict(shape.streams):
             have = " and ".join(n for n, _ in shape.streams)
             raise SpecError(f"{policy}: this model keeps {have}, no keys to choose pages by; use another method")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class LayerShape:
             about that source. Such layers come after all others.
         reads: it keeps nothing of its own and reads what this earlier layer keeps (arXiv:2405.12981); None = its own.
         biased: distance alone adds to its scores (T5, ALiBi), so that queries and keys don't say what attention is.
+        use: `attend`: queries read the rows by attention; `read`: the layer reads them back whole and does with them
+            what it likes (`Step.rows`); `delay`: a row stands for an earlier token than its own. Of the last two only
+            the layer knows what they weigh, so policies are refused; of the last, windows too.
     """
 
     heads: int
@@ -28,3 +32,4 @@ class LayerShape:
     source: bool = False
     reads: int | None = None
     biased: bool = False
+    use: Literal["attend", "read", "delay"] = "attend"

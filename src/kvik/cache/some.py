@@ -14,7 +14,7 @@ from torch import Tensor
 from kvik.cache.parts import heads_of, joined
 from kvik.errors import SequenceError
 from kvik.ops.fused import Fused
-from kvik.ops.reads import Partial, Plan
+from kvik.ops.reads import Partial, Plan, Rows
 
 if TYPE_CHECKING:
     from kvik.cache.step import Step
@@ -65,6 +65,10 @@ class Some:
             )  # fmt: skip
             results.append((mine, found))
         return joined(results, q.shape[1])
+
+    def rows(self, layer: int) -> list[Rows]:
+        """Never: who reads rows back keeps some of its own."""
+        raise SequenceError(f"layer {layer} reads rows back, so that all of the step's tokens must pass it")
 
     def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
         """Never: nothing is appended here."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from kvik.cache import relative
+from kvik.cache import reading, relative
 from kvik.cache.parts import Part, heads_of, joined
 from kvik.cache.quest import select_of
 from kvik.cache.sequence import Sequence
@@ -26,7 +26,7 @@ from kvik.cache.some import Some
 from kvik.cache.spec import Group
 from kvik.errors import SequenceError
 from kvik.ops.fused import Fused
-from kvik.ops.reads import Member, Partial, Plan, Reads
+from kvik.ops.reads import Member, Partial, Plan, Reads, Rows
 
 if TYPE_CHECKING:
     from kvik.cache.cache import Cache
@@ -148,6 +148,17 @@ class Step:
             own = ask(want_mass=True).mass if want_mass else None  # of this step alone
             results.append((mine, Partial(found.out, found.lse, own)))
         return joined(results, q.shape[1])
+
+    def rows(self, layer: int) -> list[Rows]:
+        """What each sequence holds of a layer, its new rows included, decoded: for an operator that does more with them
+        than attention. All its lanes hold the same: of a layer whose rows no policy chooses (`LayerShape.use`).
+        """
+        self.check_reading(layer)
+        (part,) = self.cache.parts[layer]
+        reads, found = self._reads_of(part.group, self.cache.spec.groups[part.group]), []
+        for sequence, member in zip(self.sequences, reads.members, strict=True):
+            found.append(reading.held(self.cache, sequence, part, reads, member))
+        return found
 
     def only(self, rows: Seq[int]) -> Some | None:
         """Some of the step's tokens, by their place among all: their queries alone go through layers that append

@@ -24,6 +24,7 @@ from kvik.cli import (
     serve,
     trace,
     train,
+    train_lm,
     transcribe,
     translate,
     tune,
@@ -33,7 +34,7 @@ from kvik.errors import KvikError
 
 __all__ = [
     "app", "bench", "compare", "doctor", "eval", "fuzz", "heads", "main", "plan", "run", "serve", "trace", "train",
-    "transcribe", "translate", "tune",
+    "train_lm", "transcribe", "translate", "tune",
 ]  # fmt: skip
 
 OURS = {"GOMP_SPINCOUNT": "3000"}  # set before torch loads: idle OpenMP threads soon stop burning a core

@@ -60,14 +60,17 @@ def obtain(model: Model, progress: Progress = quiet) -> Centres | None:
 
 
 def find(model: Model, progress: Progress = quiet) -> Centres | None:
-    """Runs the model over the text. None where it has no tokenizer or reads a source, where the text has too few
-    tokens or the keys are no numbers, or where a softcap bends its scores, so that softmax would not ignore a centre.
+    """Runs the model over the text. None where it has no tokenizer or reads a source, where an operator reads rows back
+    or has them stand for other tokens, where the text has too few tokens or the keys are no numbers, or where a softcap
+    bends its scores, so that softmax would not ignore a centre.
 
     Args:
         progress: is told of each layer.
     """
     ids = [] if model.tokenizer is None else model.tokenizer.encode(text())[:TOKENS]
     if len(ids) < FEWEST or max(ids) >= model.config.vocab_size or model.reader is not None:
+        return None
+    if any(layer.use != "attend" for layer in model.decoder.layers):
         return None
     most = model.config.max_positions
     pieces = [ids[start : start + most] for start in range(0, len(ids), most)]

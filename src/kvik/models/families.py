@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvik.models import bart, bert, deepseek, gemma, gpt2, llama, opt, qwen, t5, vit, whisper
+from kvik.models import bart, bert, deepseek, gemma, gpt, gpt2, llama, opt, qwen, t5, vit, whisper
 from kvik.models.config import Config
 from kvik.models.decoder import Decoder, Encoder
 from kvik.models.fields import Fields
@@ -37,6 +37,7 @@ class Family:
 FAMILIES = (
     Family(llama.LlamaConfig, llama.read, llama.Llama, ("llama", "mistral"), llama.read_gguf, ("llama",)),
     Family(gpt2.GPT2Config, gpt2.read, gpt2.GPT2, ("gpt2",), gpt2.read_gguf, ("gpt2",)),
+    Family(gpt.GPTConfig, gpt.read, gpt.GPT, ("kvik_gpt",)),
     Family(opt.OPTConfig, opt.read, opt.OPT, ("opt",)),
     Family(qwen.QwenConfig, qwen.read, qwen.Qwen, ("qwen2", "qwen3"), qwen.read_gguf, ("qwen2", "qwen3")),
     Family(deepseek.DeepseekConfig, deepseek.read, deepseek.Deepseek, ("deepseek_v2", "deepseek_v3")),

@@ -125,6 +125,14 @@ class Model:
                 "so nothing stays valid to keep; use Model.encode, or Model.embed for a text's embedding"
             )
 
+    def check_attends(self, what: str) -> None:
+        """Raises UsageError where an operator does more with its rows than attention, of which `what` speaks alone."""
+        if any(layer.use != "attend" for layer in self.decoder.layers):
+            raise UsageError(
+                f"{what} speaks of attention, and {self.config.name}'s operator reads its rows in its own way; use a "
+                "model with attention, or 'kvik plan' and docs/translution.md for what the operator costs"
+            )
+
     @property
     def fingerprint(self) -> str:
         """Names all that rows depend on beside their spec and the text: what `held` names, and the centres."""

@@ -119,6 +119,9 @@ def _under(item: object, kind: type[T], seen: set[int]) -> Iterator[T]:
     if id(item) in seen:
         return
     seen.add(id(item))
+    if isinstance(item, torch.nn.Module):
+        yield from _under(list(item.parameters()), kind, seen)
+        return
     if isinstance(item, kind):
         yield item
     elif isinstance(item, list | tuple):

@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kvik.ops.fused import Fused
-from kvik.ops.reads import Partial
+from kvik.ops.reads import Partial, Rows
 
 
 class Chunk(Protocol):
@@ -34,6 +34,9 @@ class Chunk(Protocol):
         want_mass: bool = False,
     ) -> Partial:
         """Attention of the new tokens over all rows that they may see; see `Step.attend`."""
+
+    def rows(self, layer: int) -> list[Rows]:
+        """What each sequence holds of a layer, read back; see `Step.rows`."""
 
     def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
         """A whole layer in one call; False: append and attend are to be called. See `Step.through`."""
@@ -80,6 +83,10 @@ class Watch:
         return self.step.attend(
             layer, q, scale=scale, softcap=softcap, bias=bias, want_lse=want_lse, want_mass=want_mass
         )
+
+    def rows(self, layer: int) -> list[Rows]:
+        """Passes what is held back."""
+        return self.step.rows(layer)
 
     def through(self, layer: int, fused: Fused, x: Tensor, angles: Tensor | None) -> bool:
         """Never: what is watched passes one by one."""

@@ -207,6 +207,24 @@ def visible(asking: NDArray[np.int64], held: NDArray[np.int64], window: int | No
 
 
 @dataclass(frozen=True)
+class Rows:
+    """One sequence's rows of a layer, decoded, its new ones included: what an operator reads back that does more with
+    them than attention.
+
+    Attributes:
+        positions: int64 [n], ascending.
+        asking: int64 [T], those of the step's new tokens.
+        visible: bool [T, n], which rows each of them sees.
+        streams: f32 [lanes, n, width] by name.
+    """
+
+    positions: Tensor
+    asking: Tensor
+    visible: Tensor
+    streams: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Partial:
     """Attention over some of the rows, ready to be merged with attention over others.
 

@@ -51,8 +51,8 @@ def reasons(shape: ModelShape, spec: Spec, tokens: int) -> Iterator[str]:
     layer = shape.layers[0]
     names = [name for name, _ in layer.streams]
     if names != ["k", "v"]:
-        parts = " and a ".join(f"{name} of {width}" for name, width in layer.streams)
-        yield f"a layer keeps a {parts} for all of its {shape.query_heads} heads, no k and v for each"
+        parts = " and ".join(f"{name} of {width}" for name, width in layer.streams)
+        yield f"a layer keeps {parts} for all of its {shape.query_heads} heads, no k and v for each"
     else:
         if layer.heads < shape.query_heads:
             yield f"{shape.query_heads} query heads share {layer.heads} KV head{'s' * (layer.heads > 1)}"

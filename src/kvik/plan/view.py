@@ -77,7 +77,12 @@ def _title(plan: Plan) -> Text:
     parts = []
     if shape.layers:
         layer = shape.layers[0]
-        shared = f"{layer.heads} KV of {layer.streams[0][1]}" if layer.streams[0][0] == "k" else "one latent"
+        names = [name for name, _ in layer.streams]
+        shared = f"{layer.heads} KV of {layer.streams[0][1]}"
+        if layer.use != "attend":
+            shared = f"rows of {' and '.join(names)}"
+        elif names[0] != "k":
+            shared = "one latent"
         parts += [f"{len(shape.layers)} layers", f"{shape.query_heads} heads, {shared}"]
     parts += [f"d_model {shape.d_model}"] + [f"context {shape.context:,}"] * (shape.context is not None)
     return Text.assemble((shape.name, "bold"), f"  {counted}\n", (" · ".join(parts), "dim"))

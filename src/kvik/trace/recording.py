@@ -201,6 +201,7 @@ def record(
         SpecError: a spec that can't be read or doesn't fit the model.
         ModelError, at a step: the model gives no numbers.
     """
+    model.check_attends("a trace")
     if not tokens:
         raise UsageError("the text has no tokens, so there is nothing to trace; give at least one character")
     if len(tokens) > MOST_TOKENS:

@@ -1,10 +1,11 @@
-"""A trained translator as a folder: complete, or not there at all."""
+"""A trained model as a folder: complete, or not there at all."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,19 @@ def write(training: Training, folder: Path, exam: Exam, report: dict[str, Any]) 
     Raises:
         StorageError: it can't be written; what was there before stays.
     """
+    replace_folder(folder, lambda work: _fill(training, work, exam, report))
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Puts a folder in its place, in one move, when all that `fill` writes is there.
+
+    Raises:
+        StorageError: it can't be written; what was there before stays.
+    """
     work = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         work.mkdir(parents=True)
-        _fill(training, work, exam, report)
+        fill(work)
         if folder.exists():
             old = work.with_name(f"{work.name}-old")
             folder.replace(old)

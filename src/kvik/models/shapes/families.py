@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvik.errors import ConfigError
-from kvik.models.shapes import readers
+from kvik.models.shapes import ours, readers
 from kvik.models.shapes.shape import Config as _Config
 from kvik.models.shapes.shape import ModelShape, kv, latent
 
@@ -254,6 +254,7 @@ FAMILIES: dict[str, Callable[[_Config], ModelShape]] = {
     "gemma3": _gemma,
     "gemma3_text": _gemma,
     "gpt2": _gpt2,
+    "kvik_gpt": ours.decoder,
     "llama": _llama,
     "marian": readers.bart,
     "mistral": _mistral,

@@ -24,6 +24,19 @@ def _gpt(layers: int, d: int, heads: int, context: int = 1024) -> Config:
     }
 
 
+def _operator(operator: str, layers: int, d: int, heads: int, context: int) -> Config:
+    return {
+        "model_type": "kvik_gpt",
+        "operator": operator,
+        "num_hidden_layers": layers,
+        "hidden_size": d,
+        "num_attention_heads": heads,
+        "max_position_embeddings": context,
+        "vocab_size": 50257,
+        "torch_dtype": "float32",
+    }
+
+
 def _opt(layers: int, d: int, heads: int) -> Config:
     return {
         "model_type": "opt",
@@ -129,6 +142,12 @@ CONFIGS: dict[str, Config] = {
     # latent attention: arXiv:2405.04434, arXiv:2412.19437 (without its multi-token prediction module)
     "deepseek-v2": _deepseek(60, 5120, 12288, 102400, routed=160, shared=2, expert=1536, dense=1),
     "deepseek-v3": _deepseek(61, 7168, 18432, 129280, routed=256, shared=1, expert=2048, dense=3),
+    # arXiv:2510.10060, the sizes of its public code: GPT base with attention, Translution, low rank and ranges
+    "gpt-base": _operator("attention:learned", 12, 768, 12, 1024),
+    "translution-base": _operator("translution:qkv", 12, 768, 12, 1024),
+    "lor-base": _operator("lor:qkv,8", 12, 768, 12, 1024),
+    "bucketed-base": _operator("bucketed:qkv,16", 12, 768, 12, 1024),
+    "translution-tiny": _operator("translution:qkv", 6, 192, 3, 256),
     # arXiv:1910.10683
     "t5-small": _t5(6, 512, 2048, 8, 64),
     "t5-base": _t5(12, 768, 3072, 12, 64),

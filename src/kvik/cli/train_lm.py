@@ -1,0 +1,207 @@
+"""`kvik train lm` and `kvik train images`: decoders and picture classifiers with an operator of choice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvik.cli.common import INTERRUPTED, JsonOption, stderr
+from kvik.cli.train import group, stoppable
+from kvik.errors import UsageError
+
+if TYPE_CHECKING:
+    from kvik.train.lessons import Done
+    from kvik.train.loop import Now
+
+OperatorOption = Annotated[
+    str,
+    typer.Option(
+        help="attention:rotary, attention:learned, translution:qkv (any of q, k, v), lor:qkv,8, bucketed:qkv,16 or "
+        "convolution:5."
+    ),
+]
+OutOption = Annotated[Path | None, typer.Option(help="The folder to write; by default in trained/ of kvik's home.")]
+StepsOption = Annotated[int, typer.Option(help="Steps of training.")]
+BatchOption = Annotated[int, typer.Option(help="Texts or pictures a step.")]
+RateOption = Annotated[float, typer.Option(help="The highest learning rate; it rises, then falls as a cosine does.")]
+SeedOption = Annotated[int, typer.Option(help="Another seed gives other batches and other weights.")]
+WidthOption = Annotated[int, typer.Option(help="Channels of the network.")]
+LayersOption = Annotated[int, typer.Option(help="Its layers.")]
+HeadsOption = Annotated[int, typer.Option(help="Its heads; the width is a multiple of them.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")]
+
+
+@group.command()
+def lm(
+    text: Annotated[str, typer.Argument(help="A text file, or 'topics': Python's documentation of its language.")],
+    operator: OperatorOption = "attention:rotary",
+    out: OutOption = None,
+    steps: StepsOption = 1000,
+    batch: BatchOption = 16,
+    length: Annotated[int, typer.Option(help="Tokens of a text: the model's context.")] = 64,
+    pieces: Annotated[str, typer.Option(help="'bytes', or how many pieces of text to learn (byte pairs).")] = "bytes",
+    width: WidthOption = 64,
+    layers: LayersOption = 2,
+    heads: HeadsOption = 2,
+    share: Annotated[
+        str | None, typer.Option(help="Layers read the rows of others: pairs, last-half or last:N (attention alone).")
+    ] = None,
+    rate: RateOption = 3e-3,
+    seed: SeedOption = 0,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a decoder to continue a text; 'kvik run --raw -m FOLDER' runs it.
+
+    Ctrl-C keeps what was learnt, and --resume goes on. The last tenth of the text is held out.
+    """
+    from kvik.train.lessons import Text, learn
+    from kvik.train.loop import Schedule
+
+    lesson = Text(
+        schedule=Schedule(steps, batch, rate, seed=seed), operator=operator, width=width, layers=layers, heads=heads,
+        source=text, length=length, pieces=pieces, share=share or "",
+    )  # fmt: skip
+    folder = _folder(out, "lm")
+    with stoppable() as stopping, _bar("tokens") as show:
+        done = learn(lesson, folder, resume, show, stopping)
+    hint = f'kvik run --raw -m {folder} --max-tokens 60 "The "'
+    _tell(done, as_json, hint)
+
+
+@group.command()
+def images(
+    pictures: Annotated[
+        str, typer.Argument(help="digits, or moving: digits somewhere in a larger picture.")
+    ] = "digits",
+    operator: OperatorOption = "attention:learned",
+    out: OutOption = None,
+    steps: StepsOption = 600,
+    batch: BatchOption = 32,
+    width: WidthOption = 48,
+    layers: LayersOption = 2,
+    heads: HeadsOption = 2,
+    rate: RateOption = 3e-3,
+    seed: SeedOption = 0,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a ViT to tell scikit-learn's handwritten digits apart; moving ones are also examined where none was learnt.
+
+    Ctrl-C keeps what was learnt, and --resume goes on.
+    """
+    from kvik.train.lessons import Images, learn
+    from kvik.train.loop import Schedule
+
+    lesson = Images(
+        schedule=Schedule(steps, batch, rate, seed=seed), operator=operator, width=width, layers=layers, heads=heads,
+        source=pictures,
+    )  # fmt: skip
+    folder = _folder(out, "images")
+    with stoppable() as stopping, _bar("pictures") as show:
+        done = learn(lesson, folder, resume, show, stopping)
+    _tell(done, as_json, f"python -c \"import kvik; print(kvik.load('{folder}').config)\"")
+
+
+def _folder(out: Path | None, name: str) -> Path:
+    from kvik.models.prepare import home, home_path
+
+    if out is not None:
+        return out
+    home()
+    return home_path() / "trained" / name
+
+
+def _tell(done: Done, as_json: bool, hint: str) -> None:
+    if as_json:
+        print(json.dumps(done.report, indent=1))
+    else:
+        print(done.folder)
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in done.figures.items())
+    stopped = " (stopped early; --resume goes on)" if done.stopped else ""
+    lines = [
+        f"{done.steps:,} steps{stopped} · {done.seconds / 60:.1f} min of processor time",
+        f"held out: {figures}",
+        hint,
+    ]
+    print("\n".join(lines), file=sys.stderr)
+    if done.stopped:
+        raise typer.Exit(INTERRUPTED)
+
+
+@contextmanager
+def _bar(items: str) -> Iterator[Callable[[Now], None]]:
+    """How far it is; a line now and then where nobody looks at a terminal."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn(), TimeRemainingColumn())
+    watched = sys.stderr.isatty()
+    with Progress(*columns, console=stderr(), transient=True, disable=not watched) as bar:
+        task, told = bar.add_task("training", total=1.0), 0
+
+        def show(now: Now) -> None:
+            nonlocal told
+            what = f"step {now.step:,} of {now.steps:,} · loss {now.loss:.4f} · {now.items:,.0f} {items}/s"
+            bar.update(task, description=what, completed=now.step / now.steps)
+            if not watched and now.step * 10 >= (told + 1) * now.steps:
+                told = now.step * 10 // now.steps
+                print(what, file=sys.stderr, flush=True)
+
+        yield show
+
+
+@group.command()
+def compare(
+    results: Annotated[Path, typer.Option(help="Where finished trainings are written down, a line each.")] = Path(
+        "compare.jsonl"
+    ),
+    text: Annotated[str, typer.Option(help="A text file, or 'topics'.")] = "topics",
+    parts: Annotated[
+        str, typer.Option(help="Some of text,moving,share,masked,digits.")
+    ] = "text,moving,share,masked,digits",
+    steps: StepsOption = 300,
+    seeds: Annotated[int, typer.Option(help="Trainings of each kind, with another seed each.")] = 3,
+    length: Annotated[int, typer.Option(help="Tokens of a text.")] = 48,
+    batch: BatchOption = 16,
+    widths: Annotated[str, typer.Option(help="Channels of the two sizes of networks.")] = "48,96",
+    layers: LayersOption = 2,
+    plot: Annotated[Path | None, typer.Option(help="A picture of what came out, PNG or SVG.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train attention, Translution and convolution at equal width, equal parameters and equal operations.
+
+    What is finished stands in a file, and is not done again: repeat the command to go on.
+    """
+    from kvik.train import compare as comparing
+    from kvik.train import text as texts
+    from kvik.train.compared import as_json as dumped
+    from kvik.train.compared import draw, gather, table
+
+    chosen = tuple(part.strip() for part in parts.split(","))
+    comparing.check(chosen)
+    sizes = comparing.sizes(widths, layers)
+    corpus = texts.read(text)
+    asked = list(comparing.questions(steps, seeds, length, batch, chosen, sizes))
+
+    def show(number: int, count: int, question: comparing.Question) -> None:
+        what = f"{question.part} · {question.size} · equal {question.equal} · {question.label}"
+        print(f"{number + 1} of {count} · seed {question.trial.schedule.seed} · {what}", file=sys.stderr, flush=True)
+
+    with stoppable() as stopping:
+        known = comparing.answer(asked, corpus, results, show, stopping)
+        stopped = stopping()
+    rows = gather(asked, known, corpus.digest)
+    if not rows:
+        raise UsageError(f"{results}: holds none of these trainings yet; let the command run on")
+    print(dumped(rows) if as_json else table(rows))
+    if plot is not None:
+        draw(rows, plot)
+        print(f"picture: {plot}", file=sys.stderr)
+    if stopped:
+        raise typer.Exit(INTERRUPTED)
