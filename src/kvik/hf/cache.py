@@ -112,6 +112,7 @@ class TextCache(transformers.Cache):  # type: ignore[misc]  # transformers has n
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """See transformers' Cache. Where attention reads pages, what comes back are handles, not tensors."""
+        self._check()
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
