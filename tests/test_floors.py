@@ -108,6 +108,7 @@ def modules_after(*code):
     [
         ["import kvik"],
         ["import kvik.plan"],
+        ["import kvik.hf"],
         [
             "import sys",
             "sys.argv = ['kvik', '--help']",
@@ -116,7 +117,7 @@ def modules_after(*code):
             "except SystemExit: pass",
         ],
     ],
-    ids=["import kvik", "import kvik.plan", "kvik --help"],
+    ids=["import kvik", "import kvik.plan", "import kvik.hf", "kvik --help"],
 )
 def test_torch_is_not_loaded_on_the_way_to(code):
     loaded = modules_after(*code)

@@ -113,6 +113,18 @@ def test_crop_forgets_the_last_columns(llama, cache):
         cache.crop(-21)
 
 
+def test_a_crop_counts_columns_where_rows_have_padding(llama, cache):
+    batch, own = padded(), DynamicCache(config=llama.config)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    for held in (cache, own):
+        logits(llama, held, ids, attention_mask=mask)
+        held.crop(-7)
+    assert [len(s) for s in cache.batch.sequences] == [7, 2, 0], "of the third row padding alone is left"
+    more = dict(ids=ids[:, 7:], attention_mask=mask)
+    mine, theirs = logits(llama, cache, **more), logits(llama, own, **more)
+    torch.testing.assert_close(mine[:, -1], theirs[:, -1], rtol=1e-3, atol=1e-3)
+
+
 def test_crop_beyond_a_window_needs_recording(windowed):
     ids, states = prompt(), []
     with kvik.hf.Cache(windowed) as cache:

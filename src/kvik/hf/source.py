@@ -241,6 +241,8 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
         except BaseException as error:
             self.cross_attention_cache.end(error)
             raise
+        if len(self.cross_attention_cache.real) != len(self.batch.sequences):  # one row serves a larger batch
+            self.cross_attention_cache.select([0] * len(self.batch.sequences))
 
     def cut(self, forward: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], Pieces | None]:
         """A text's forward is never cut here: a decoder's prompt is short. Raises SequenceError where it would be."""
