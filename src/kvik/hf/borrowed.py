@@ -3,8 +3,8 @@
     model = kvik.hf.Borrowed(AutoModelForCausalLM.from_pretrained(…))
     for piece in kvik.generate(model, …): …                   # Engine(model, cache) takes it as well
 
-A step's tokens go through the model as one row, each at its own position; attention reads each sequence's pages, so that
-texts of any lengths lie side by side without padding.
+A step's tokens go through the model as one row, each at its own position; attention reads each sequence's pages, so
+that texts of any lengths lie side by side without padding.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from kvik.models.model import Model
 from kvik.models.tokenizer import Tokenizer
 from kvik.models.watch import Chunk
 
+_OTHERWISE = "use kvik.hf.Cache with generate()"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BorrowedConfig(Config):
@@ -51,8 +53,8 @@ class Borrowed(Model):
             name: for people; by default its class's.
 
         Raises:
-            ModelError: its attention can't read pages, it has recurrent states or reads a source, or it can't take texts
-                side by side.
+            ModelError: its attention can't read pages, it has recurrent states or reads a source, or it can't take
+                texts side by side.
         """
         self.network: Any = _Network(model, name or type(model).__name__)
         own = model.config.get_text_config(decoder=True)
@@ -82,14 +84,12 @@ class Borrowed(Model):
         expected = [
             model(torch.tensor([text]), past_key_values=DynamicCache(config=model.config)).logits[0] for text in texts
         ]
-        with self.cache(CODECS[model.dtype], memory=64 << 20, shares=False).open() as one:
-            with one.cache.open() as other:
-                found = self.run([(one, texts[0]), (other, texts[1])], every=True)
-        gap = differ(expected, list(found.split([5, 3])), model.dtype)
+        cache = self.cache(CODECS[model.dtype], memory=64 << 20, shares=False)
+        with cache.open() as one, cache.open() as other:
+            found = self.run([(one, texts[0]), (other, texts[1])], every=True)
+        gap = differ(expected, [found[:5], found[5:]], model.dtype)
         if gap:
-            raise ModelError(
-                f"{self.config.name} can't take texts side by side: {gap}; use kvik.hf.Cache with generate()"
-            )
+            raise ModelError(f"{self.config.name} can't take texts side by side: {gap}; {_OTHERWISE}")
 
 
 class _Network:
@@ -100,20 +100,17 @@ class _Network:
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         if model.config.is_encoder_decoder:
-            raise ModelError(f"{name} reads a source; use kvik.hf.Cache with generate()")
+            raise ModelError(f"{name} reads a source; {_OTHERWISE}")
         self.model = model.eval()
         self._attachment = attachment_of(model, find)
         found = self._attachment.found
         assert found is not None, "an attachment has looked"
-        recurrent = [
-            kind for kind, shape in zip(found.kinds, found.layers, strict=False) if not shape.heads and kind != "dummy"
-        ]
+        kinds = zip(found.kinds, found.layers, strict=False)
+        recurrent = [kind for kind, shape in kinds if not shape.heads and kind != "dummy"]
         if not found.direct or recurrent:
             self._attachment.release()
             why = found.why or f"it has layers of {recurrent[0]}"
-            raise ModelError(
-                f"{name}: the engine needs attention that reads pages, and {why}; use kvik.hf.Cache with generate()"
-            )
+            raise ModelError(f"{name}: the engine needs attention that reads pages, and {why}; {_OTHERWISE}")
         self.layers: list[LayerShape] = list(found.layers)
         self._passing = _Passing(self._attachment, self.layers)
 

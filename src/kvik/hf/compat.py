@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 
-from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers import Cache, DynamicCache, PretrainedConfig, cache_utils
 from transformers.cache_utils import DynamicLayer
 
 # Until 5.17 or so a crop's number was the length to keep, and only a negative one a number of columns to remove.
 CROP_KEEPS = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 # And nobody said beforehand that a crop would follow each forward.
 CROP_UNTOLD = "activate_past_recording" not in vars(Cache)
+
+
+# What stands for a layer that keeps nothing; before it there was none.
+_NOTHING = vars(cache_utils).get("DummyLayer")
 
 
 def to_remove(number: int, columns: int) -> int:
@@ -47,5 +51,7 @@ def layer_kinds(config: PretrainedConfig) -> list[tuple[str, int | None]]:
         window = vars(layer).get("sliding_window")
         usual = "full_attention" if window is None else "chunked_attention" if chunked else "sliding_attention"
         kind = named[index] if named else usual
+        if _NOTHING is not None and isinstance(layer, _NOTHING):
+            kind = "dummy"
         found.append((kind, None if kind == "chunked_attention" else window))
     return found

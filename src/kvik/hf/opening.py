@@ -118,7 +118,7 @@ def check_spec(found: Found, spec: Spec) -> None:
 
 def positions_of(model: PreTrainedModel) -> int:
     """Positions that a model was made for, as its configuration says."""
-    found = model.config.get_text_config(decoder=True).to_dict().get("max_position_embeddings")
+    found = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)  # its name for all
     if not isinstance(found, int):
         raise SpecError("this model's configuration doesn't say how many positions it has; give tokens=… with a budget")
     return found
