@@ -69,9 +69,10 @@ class Walk:
 
     def crop(self) -> None:
         """Takes tokens back, not all."""
-        take = self.draw.randrange(min(40, len(self.rows[0])))
-        self.cache.crop(-take)
-        self.rows = [row[: len(row) - take] for row in self.rows]
+        if len(self.rows[0]) > 1:
+            take = self.draw.randrange(1, min(40, len(self.rows[0])))
+            self.cache.crop(-take)
+            self.rows = [row[:-take] for row in self.rows]
 
     def reorder(self) -> None:
         """Any text in any place."""
