@@ -92,9 +92,9 @@ def by_definition(operator, x):
 
     out = []
     for i in range(n):
-        scores = torch.stack([
-            (through("q", x[i], i - j) * through("k", x[j], i - j)).sum(-1) * operator.scale for j in range(i + 1)
-        ])  # fmt: skip
+        scores = torch.stack(
+            [(through("q", x[i], i - j) * through("k", x[j], i - j)).sum(-1) * operator.scale for j in range(i + 1)]
+        )
         weights = scores.softmax(0)
         out.append(sum(weights[j][:, None] * through("v", x[j], i - j) for j in range(i + 1)).flatten())
     return torch.stack(out)

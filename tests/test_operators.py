@@ -1,5 +1,8 @@
 """Translution is what its formula says, attention and convolution are cases of it, and no token sees a later one."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
@@ -256,3 +259,12 @@ def test_what_sees_both_sides_keeps_nothing():
     for operator in (drawn("translution:qkv", causal=False), drawn("bucketed:qkv,4", causal=False)):
         with pytest.raises(UsageError, match="nothing to cache"):
             operator.shapes()
+
+
+def test_the_page_shows_code_from_here():
+    root = Path(__file__).parent.parent
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs/translution.md").read_text(), flags=re.DOTALL)
+    sources = [root / "tests/operators.py", root / "src/kvik/models/operators/translution.py"]
+    known = {line.split("  # fmt")[0].strip() for path in sources for line in path.read_text().splitlines()}
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    assert len(lines) >= 20 and not [line for line in lines if line not in known]

@@ -95,8 +95,10 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row], part: str) -> str:
-    """Markdown of one part's metric alone: operators down, sizes and what is equal across, each with its width."""
+    """Markdown of one part's metric alone: operators down, sizes and what is equal across, each with its width, and its
+    seeds where others have more."""
     mine = [row for row in rows if row.part == part]
+    most = max((row.seeds for row in mine), default=0)
     places = list(dict.fromkeys((row.size, row.equal) for row in mine))
     out = ["| operator | " + " | ".join(f"{size}, equal {equal}" for size, equal in places) + " |"]
     out.append("|---|" + "---:|" * len(places))
@@ -105,7 +107,11 @@ def summary(rows: Sequence[Row], part: str) -> str:
         for place in places:
             found = next((row for row in mine if (row.size, row.equal, row.label) == (*place, label)), None)
             name = None if found is None else _metric(part, found.figures)
-            cells.append("" if found is None or name is None else f"{_shown(found, name)} ({found.width})")
+            if found is None or name is None:
+                cells.append("")
+                continue
+            fewer = "" if found.seeds == most else f", {found.seeds} seed{'s' * (found.seeds > 1)}"
+            cells.append(f"{_shown(found, name)} ({found.width}{fewer})")
         out.append(f"| `{label}` | " + " | ".join(cells) + " |")
     return "\n".join(out)
 
