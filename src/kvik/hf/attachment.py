@@ -17,6 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from kvik.hf.asking import name_for
 from kvik.hf.finding import Found
 from kvik.hf.pieces import Pieces
+from kvik.ops.loader import spinning
+
+_PATIENCE = 20  # microseconds: torch's threads take the cores between two layers' attention
 
 
 class Stepping(Protocol):
@@ -92,6 +95,8 @@ class Attachment:
         self._stack = [each for each in self._stack if each[1] is not cache]  # left over from one that was interrupted
         inputs, pieces = cache.cut(module, inputs)
         cache.enter(inputs)
+        if not self._stack:
+            self._patience = spinning(_PATIENCE)
         self._stack.append((module, cache, pieces))
         if self.found is not None and self.found.direct and not self._own:
             self._own = [(config, config._attn_implementation) for config in self._configs]
@@ -105,6 +110,7 @@ class Attachment:
         _, cache, pieces = self._stack.pop()
         if not self._stack:
             self._restore()
+            spinning(self._patience)
         cache.leave(output is not None)
         return None if pieces is None or output is None else pieces.joined(output)
 

@@ -73,3 +73,17 @@ def chosen() -> ModuleType | None:
 def native() -> ModuleType | None:
     """The same, asked once: for calls that are made thousands of times a second."""
     return chosen()
+
+
+def spinning(microseconds: int) -> int:
+    """How long idle threads of the kernels look for work before they sleep: while others want the cores, not long.
+
+    Returns:
+        How long it was; 0 where there are no kernels.
+    """
+    module = native()
+    if module is None:
+        return 0
+    before = int(module.spin())
+    module.set_spin(microseconds)
+    return before
