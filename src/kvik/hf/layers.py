@@ -19,9 +19,10 @@ class Layer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's rows, which lie in the batch's sequences. It holds nothing itself."""
 
     is_compileable = False
-    is_croppable = True
 
     def __init__(self, batch: Batch, index: int, found: Found) -> None:
+        policies = [group.retention.policy for group in batch.cache.spec.groups]
+        self.is_croppable = not any(policies)  # rows that a policy let go don't come back
         self._batch, self._index, self._found = batch, index, found
         self._window = found.layers[index].window
 
