@@ -7,7 +7,7 @@ SmolLM2-135M-Instruct. Three parts:
 decode     ms a token with DynamicCache and with kvik, in turns, at 4,096 and 8,000 tokens, f32 and bf16; both were
            filled with the same random rows, so that nobody waits for a prompt
 quantized  a text of 2,048 tokens in the shipped QuantizedCache (fp8; and 4 bits by optimum-quanto, if a folder has it)
-           and in kvik: ms a token, and the mean KL of 64 following predictions against DynamicCache, in f64
+           and in kvik: ms a token, and the mean KL of 32 following predictions against DynamicCache, in f64
 batch      16 left-padded prompts of 50 to 1,500 tokens: bytes, and whether what stands in the padding moves a bit
 
 Nothing else should run meanwhile. About five minutes on two cores.
@@ -31,7 +31,7 @@ import kvik.hf
 from kvik.models.in_transformers import in_transformers
 
 DOCS = Path(__file__).parent.parent / "docs"
-STEPS, FOLLOWING = 6, 64
+STEPS, FOLLOWING = 6, 32
 
 
 def fill(cache, model, tokens: int) -> None:
