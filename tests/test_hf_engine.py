@@ -10,7 +10,7 @@ import bench_models
 from hf_models import DECODERS, made
 from kvik.engine.engine import Engine
 from kvik.engine.request import Request
-from kvik.errors import ConfigError, ModelError, UsageError
+from kvik.errors import ConfigError, ModelError, UsageError, WeightsError
 from kvik.fuzz import Sizes, fuzz, make
 from kvik.hf import TransformersModel
 from kvik.hf.decoder import Over
@@ -90,7 +90,7 @@ def test_folders_that_transformers_can_not_load_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"config.json: is missing"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"kvik": {}}')
-    with pytest.raises(ConfigError):
+    with pytest.raises(WeightsError, match=r"its config.json is incomplete"):
         load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nonsense"}')
     with pytest.raises(ModelError, match="transformers can't load it"):

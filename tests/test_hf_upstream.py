@@ -1,18 +1,17 @@
-"""What transformers asks of its own caches in tests/utils/test_cache_utils.py, asked of kvik's.
+"""What transformers asks of its own caches in tests/utils/test_cache_utils.py, asked of kvik's rows; what it asks of
+texts is in `test_hf_conformance.py`.
 
 Left out is what speaks of other things than a cache: export and compilation (a page table grows), fixed capacities and
 their overflow (`StaticCache`), moving layers to a GPU and back, the pickle of data-parallel training, and texts of
 models that would have to be downloaded.
 """
 
-import copy
-
 import pytest
 import torch
-from transformers import Cache, DynamicCache
+from transformers import DynamicCache
 
 import kvik.hf
-from hf_models import causal, made
+from hf_models import made
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
 OPTIONS = dict(max_new_tokens=12, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
@@ -34,36 +33,6 @@ def fed(model, cache, *pieces):
         return [model(piece, past_key_values=cache).logits for piece in pieces]
 
 
-def test_a_batch_comes_back_with_its_cache(model):
-    inputs = dict(input_ids=prompt(8, rows=2), attention_mask=torch.ones((2, 8), dtype=torch.long))
-    inputs["attention_mask"][1, :3] = 0
-    with kvik.hf.Cache(model) as cache:
-        out = model.generate(**inputs, past_key_values=cache, **OPTIONS)
-        assert isinstance(out.past_key_values, Cache) and out.past_key_values is cache
-        assert torch.equal(out.sequences, model.generate(**inputs, **OPTIONS).sequences)
-
-
-def test_beams_that_change_places_take_their_rows_along(model):
-    options = dict(num_beams=4, num_return_sequences=4, output_scores=True, **OPTIONS)
-    expected = model.generate(prompt(6), **options)
-    assert any(len(set(row) - {-1}) > 1 for row in expected.beam_indices.tolist()), "beams change places"
-    with kvik.hf.Cache(model) as cache:
-        out = model.generate(prompt(6), past_key_values=cache, **options)
-        assert torch.equal(out.sequences, expected.sequences)
-        torch.testing.assert_close(out.sequences_scores, expected.sequences_scores, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("extra", [1, 5, 31])
-def test_more_padding_on_the_left_changes_nothing(model, extra):
-    ids = prompt(7)
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **OPTIONS).sequences[:, 7:]
-    wide = torch.cat((torch.zeros((1, extra), dtype=torch.long), ids), 1)
-    mask = torch.cat((torch.zeros((1, extra), dtype=torch.long), torch.ones_like(ids)), 1)
-    with kvik.hf.Cache(model) as cache:
-        out = model.generate(wide, attention_mask=mask, past_key_values=cache, **OPTIONS)
-        assert torch.equal(out.sequences[:, 7 + extra :], expected)
-
-
 @pytest.mark.parametrize("rows", [1, 2])
 def test_an_answer_goes_on_where_its_cache_ends(model, rows):
     ids = prompt(9, rows=rows)
@@ -72,29 +41,6 @@ def test_an_answer_goes_on_where_its_cache_ends(model, rows):
         first = model.generate(ids, past_key_values=cache, **OPTIONS)
         second = model.generate(first.sequences, past_key_values=first.past_key_values, **OPTIONS)
         assert torch.equal(second.sequences, expected)
-
-
-def test_a_prefix_is_copied_for_each_prompt(model):
-    prefix = prompt(20)
-    with kvik.hf.Cache(model) as cache:
-        fed(model, cache, prefix)
-        for seed in range(3):
-            ids = torch.cat((prefix, prompt(5, seed)), 1)
-            with copy.deepcopy(cache) as mine:
-                out = model.generate(ids, past_key_values=mine, **OPTIONS)
-            assert torch.equal(out.sequences, model.generate(ids, **OPTIONS).sequences)
-        assert cache.get_seq_length() == 20
-
-
-@pytest.mark.parametrize("heads", [4, 2, 1])
-def test_queries_share_keys_as_the_model_has_it(heads):
-    model = causal("Llama", num_key_value_heads=heads)().eval()
-    with kvik.hf.Cache(model) as cache:
-        fed(model, cache, prompt(5))
-        keys, values = cache.layers[0].keys, cache.layers[0].values
-        assert keys.shape == values.shape == (1, heads, 5, 8)
-        assert torch.equal(model.generate(prompt(5), past_key_values=kvik.hf.Cache(model), **OPTIONS).sequences,
-                           model.generate(prompt(5), **OPTIONS).sequences)  # fmt: skip
 
 
 def test_rows_come_in_are_cropped_and_come_in_again(model):
@@ -143,12 +89,3 @@ def test_layers_of_two_kinds_lie_in_one_cache():
         fed(model, cache, ids), fed(model, own, ids)
         assert [layer.keys.shape for layer in cache.layers] == [layer.keys.shape for layer in own.layers]
         assert cache.get_seq_length() == own.get_seq_length() == 15
-
-
-def test_a_reset_cache_is_a_new_one(model):
-    with kvik.hf.Cache(model) as cache:
-        expected = model.generate(prompt(8), past_key_values=cache, **OPTIONS).sequences
-        fed(model, cache, prompt(3))
-        cache.reset()
-        assert cache.get_seq_length() == 0 and cache.layers[0].keys is None
-        assert torch.equal(model.generate(prompt(8), past_key_values=cache, **OPTIONS).sequences, expected)

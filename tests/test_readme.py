@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-SLOW = {"transformers_document.py"}  # reads thousands of tokens
+SLOW = {"transformers_document.py", "transformers_beams.py"}  # they read thousands of tokens, or write for ten seconds
 
 
 @pytest.mark.weights

@@ -96,6 +96,7 @@ def test_greedy_text_equals_transformers_and_no_cache(smollm2_in):
     assert recomputed.token_ids == want[1][:4]
 
 
+@pytest.mark.slow
 def test_six_thousand_tokens_under_a_window_keep_memory_flat(smollm2_in, corpus):
     model = smollm2_in("int4")
     cache = model.cache("int8+window:512,sinks:4", memory=64 << 20, shares=False)
