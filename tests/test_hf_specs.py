@@ -6,7 +6,7 @@ import torch
 
 import kvik.hf
 from kvik.engine.generation import prefill
-from kvik.errors import SequenceError, SpecError
+from kvik.errors import SequenceError, SpecError, UsageError
 from tiny_models import drawn, gemma, llama, ours, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' own
@@ -126,3 +126,15 @@ def test_what_needs_more_than_rows_is_refused(pair):
     ):
         with pytest.raises(SpecError, match=words):
             kvik.hf.Cache(pair[0], spec)
+
+
+@pytest.mark.parametrize("policy", ["snapkv:50%", "h2o:50%"])
+def test_a_mask_of_ones_own_is_refused_where_a_policy_must_see_queries(pair, policy):
+    ids = torch.tensor([tokens(40)])
+    own = torch.full((1, 1, 40, 40), -1e9).triu(1)
+    with kvik.hf.Cache(pair[0], f"f32+{policy}") as cache:
+        with pytest.raises(UsageError, match=f"where {policy} sees no queries; leave the mask out"):
+            pair[0](ids, attention_mask=own, past_key_values=cache)
+        cache.reset()
+        pair[0](ids, past_key_values=cache)
+        assert cache.get_seq_length() == 40

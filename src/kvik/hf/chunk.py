@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvik.cache.methods import Needs
 from kvik.cache.sequence import Sequence
 from kvik.cache.step import Step
 from kvik.errors import SequenceError, UsageError
@@ -130,7 +131,19 @@ class Chunk:
         return self._places.given(out).to(q.dtype)
 
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
-        """See `Reading`."""
+        """See `Reading`.
+
+        Raises:
+            UsageError: a policy would have to see what such queries attend to.
+        """
+        cache = self.rows[0].cache
+        for part in cache.parts[layer]:
+            policy = cache.spec.groups[part.group].retention.policy
+            if policy is not None and policy.needs & (Needs.QUERIES | Needs.MASS):
+                raise UsageError(
+                    f"a mask of your own is obeyed over decoded rows, where {policy} sees no queries; leave the mask "
+                    "out, or give a spec without that policy"
+                )
         return spread_rows(self.rows, layer, self.real, self.dtype)
 
     def check(self, layer: int, window: int | None) -> None:
