@@ -14,7 +14,7 @@ from kvik.models.wheels import BUILT_IN
 
 SOURCE = Path(__file__).parent.parent / "src" / "kvik"
 FLOORS = (
-    {"errors", "events", "units"},
+    {"errors", "events", "lazy", "units"},
     {"ops"},
     {"cache"},
     {"models"},

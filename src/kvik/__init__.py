@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvik.lazy import loader
+
 if TYPE_CHECKING:
     from kvik.cache.cache import Cache as Cache
     from kvik.cache.sequence import Sequence as Sequence
@@ -45,14 +47,7 @@ _HOMES = {
     "load": "kvik.models.model",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kvik' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = loader(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvik.lazy import loader
+
 if TYPE_CHECKING:
     from kvik.bench.examination import examine as examine
     from kvik.bench.growth import Growth as Growth
@@ -35,14 +37,7 @@ _HOMES = {
     "slope": "kvik.bench.picture",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kvik.bench' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = loader(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvik.lazy import loader
+
 if TYPE_CHECKING:
     from kvik.eval.grids import draw_heads as draw_heads
     from kvik.eval.grids import draw_map as draw_map
@@ -45,14 +47,7 @@ _HOMES = {
     "tune": "kvik.eval.tuning",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kvik.eval' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = loader(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

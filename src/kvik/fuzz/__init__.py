@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvik.lazy import loader
+
 if TYPE_CHECKING:
     from kvik.fuzz.files import read as read
     from kvik.fuzz.files import write as write
@@ -29,14 +31,7 @@ _HOMES = {
     "write": "kvik.fuzz.files",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kvik.fuzz' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = loader(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

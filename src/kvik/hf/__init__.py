@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvik.lazy import loader
+
 if TYPE_CHECKING:
     from kvik.hf.front import Cache as Cache
     from kvik.hf.model import TransformersModel as TransformersModel
@@ -23,14 +25,7 @@ _HOMES = {
     "TransformersModel": "kvik.hf.model",
 }
 __all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'kvik.hf' has no attribute {name!r}")
-    import importlib
-
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = loader(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:
