@@ -96,7 +96,8 @@ class Attachment:
         inputs, pieces = cache.cut(module, inputs)
         cache.enter(inputs)
         if not self._stack:
-            self._patience = spinning(_PATIENCE)
+            before = spinning(_PATIENCE)
+            self._patience = self._patience if before == _PATIENCE else before  # a forward was interrupted
         self._stack.append((module, cache, pieces))
         if self.found is not None and self.found.direct and not self._own:
             self._own = [(config, config._attn_implementation) for config in self._configs]

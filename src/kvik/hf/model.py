@@ -69,14 +69,11 @@ class TransformersModel(Model):
         self.row_weights = sum(matrices.values()) - sum({id(x): x.numel() for x in (head, table)}.values())
 
 
-def load(
-    folder: Path | str, *, weights: Weights = "auto", device: str = "cpu", attention: str | None = None
-) -> TransformersModel:
+def load(folder: Path | str, *, weights: Weights = "auto", device: str = "cpu") -> TransformersModel:
     """Loads a folder that transformers wrote, or that kvik has prepared. Code that comes with a model is not run.
 
     Args:
         weights: f32 or bf16; auto = f32 where the files hold it, else bf16.
-        attention: transformers' `attn_implementation`, for what doesn't go over pages.
 
     Raises:
         UsageError: the weights are to be held as transformers can't.
@@ -96,9 +93,8 @@ def load(
                 model, _ = in_transformers(str(folder), _TYPES[held])
             else:
                 model = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=_TYPES[held], local_files_only=True, trust_remote_code=False,
-                    attn_implementation=attention,
-                )  # fmt: skip
+                    folder, dtype=_TYPES[held], local_files_only=True, trust_remote_code=False
+                )
     except KvikError:
         raise
     except Exception as error:  # of any kind, and with any text
