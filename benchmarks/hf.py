@@ -4,7 +4,7 @@
 
 SmolLM2-135M-Instruct. Three parts:
 
-decode     ms a token with DynamicCache and with kvik, in turns, at 4,096 and 8,000 tokens, f32 and bf16; both were
+decode     ms a token with DynamicCache and with kvik, in turns, at 16, 4,096 and 8,000 tokens, f32 and bf16; both were
            filled with the same random rows, so that nobody waits for a prompt
 quantized  a text of 2,048 tokens in the shipped QuantizedCache (fp8; and 4 bits by optimum-quanto, if a folder has it)
            and in kvik: ms a token, and the mean KL of 32 following predictions against DynamicCache, in f64
@@ -75,7 +75,7 @@ def decode(dtype: torch.dtype, rounds: int) -> list[dict[str, object]]:
     """One token after 4,096 and after 8,192 others."""
     model, _ = in_transformers("smollm2", dtype)
     token, out = torch.tensor([[17]]), []
-    for tokens in (4096, 8000):  # the model has 8,192 positions
+    for tokens in (16, 4096, 8000):  # next to none: the model by itself; it has 8,192 positions
         own, ours = DynamicCache(config=model.config), kvik.hf.Cache(model)
         fill(own, model, tokens), fill(ours, model, tokens)
         caches = {"DynamicCache": own, "kvik": ours}
