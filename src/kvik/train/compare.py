@@ -31,6 +31,7 @@ PICTURES = (
 MASKED = (BASE, "translution:qkv", "bucketed:qkv,16", "convolution:5")
 PICTURE_STEPS = 4  # of pictures, for each of texts: they are smaller, and learnt more slowly
 SHARES = ("", "last-half", "last:2")
+PARTS = ("text", "share", "masked", "moving", "digits")
 Equal = Literal["width", "parameters", "operations"]
 EQUALS: tuple[Equal, ...] = ("width", "parameters", "operations")
 
@@ -75,13 +76,13 @@ class Question:
 def questions(
     steps: int, seeds: int, length: int, batch: int, parts: tuple[str, ...], sizes: tuple[Size, ...] = SIZES
 ) -> Iterator[Question]:
-    """All of a comparison, in the order in which they are answered: part by part, texts in large networks behind what
-    is small, pictures last. Pictures take `PICTURE_STEPS` times as many steps."""
-    small, *others = sizes
-    places = [("text", small), ("share", small), ("masked", small), *(("text", size) for size in others)]
-    for part, size in (*places, ("moving", small), ("digits", small)):
-        for seed in range(seeds if part in parts else 0):
-            yield from _part(part, size, Schedule(_steps(part, steps), batch, seed=seed), length)
+    """All of a comparison, in the order in which they are answered: what is small first, part by part. Pictures take
+    `PICTURE_STEPS` times as many steps; layers that share are compared at one size, `SHARED`."""
+    for size in sizes:
+        for part in PARTS:
+            if part in parts and (part != "share" or size is sizes[0]):
+                for seed in range(seeds):
+                    yield from _part(part, size, Schedule(_steps(part, steps), batch, seed=seed), length)
 
 
 def _steps(part: str, steps: int) -> int:
@@ -98,7 +99,7 @@ def _part(part: str, size: Size, schedule: Schedule, length: int) -> Iterator[Qu
         return
     operators = {"text": TEXT, "masked": MASKED}.get(part, PICTURES)
     base = Trial(part, operators[0], size.layers, size.width, size.heads, length, schedule)
-    for equal in EQUALS[: {"text": 3, "moving": 2}.get(part, 1)]:
+    for equal in EQUALS:
         for operator in operators:
             trial = replace(base, operator=operator)
             yield Question(part, size.name, equal, operator, trial if equal == "width" else fitted(trial, base, equal))
@@ -190,10 +191,9 @@ def sizes(widths: str, layers: int) -> tuple[Size, ...]:
 
 def check(parts: tuple[str, ...]) -> None:
     """Raises UsageError for a part that there is none of."""
-    known = ("text", "share", "masked", "moving", "digits")
     for part in parts:
-        if part not in known:
-            raise UsageError(f"--parts {part!r}: use some of {', '.join(known)}")
+        if part not in PARTS:
+            raise UsageError(f"--parts {part!r}: use some of {', '.join(PARTS)}")
 
 
 def relative(label: str) -> str:
