@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvik.models import bart, bert, deepseek, gemma, gpt, gpt2, llama, opt, qwen, t5, vit, whisper
+from kvik.models import bart, bert, deepseek, gemma, gpt, gpt2, llama, masked, opt, qwen, t5, vit, whisper
 from kvik.models.config import Config
 from kvik.models.decoder import Decoder, Encoder
 from kvik.models.fields import Fields
@@ -46,6 +46,7 @@ FAMILIES = (
     Family(t5.T5Config, t5.read, t5.T5, ("mt5", "t5")),
     Family(whisper.WhisperConfig, whisper.read, whisper.Whisper, ("whisper",)),
     Family(bert.BertConfig, bert.read, bert.Bert, ("bert",)),
+    Family(masked.MaskedConfig, masked.read, masked.Masked, ("kvik_encoder",)),
     Family(vit.ViTConfig, vit.read, vit.ViT, ("vit",)),
 )
 _BY_NAME = {family.config.family: family for family in FAMILIES}

@@ -25,6 +25,7 @@ from kvik.models.attention import attend_all
 from kvik.models.encoding import EncoderConfig, common
 from kvik.models.fields import Fields
 from kvik.models.operators import Form, Operator, grid, make
+from kvik.models.operators.blocks import held
 from kvik.models.parts import Source
 from kvik.ops.grouped import dense
 from kvik.ops.linear import Linear
@@ -154,7 +155,7 @@ class Block:
         q, k, v, o, up, down = (f"{name}.{part}" for part in _PARTS)
         self.heads, self.scale, self.mixer = config.heads, config.head_dim**-0.5, None
         if config.operator:
-            self.mixer, o = _mixer(config, source, f"{name}.mixer"), f"{name}.mixer.o"
+            self.mixer, o = held(config.mixer, source, f"{name}.mixer"), f"{name}.mixer.o"
         else:
             self.qkv = source.linear(q, k, v, bias=config.qkv_bias)
         self.o, self.up, self.down = (source.linear(part, bias=True) for part in (o, up, down))
@@ -169,16 +170,6 @@ class Block:
             q, k, v = self.qkv(x, after=self.norm).view(len(x), 3, self.heads, -1).unbind(1)
             x = self.o(attend_all(q, k, v, scale=self.scale), onto=x)
         return self.down(self.up(x, after=self.mlp_norm), after=self.activation, onto=x)
-
-
-def _mixer(config: ViTConfig, source: Source, name: str) -> Operator:
-    """A layer's operator, without its last projection, which is held in the format of the others."""
-    with torch.device("meta"):
-        mixer = config.mixer().requires_grad_(False)
-    held = {part: dense(source.tensors[f"{name}.{part}"]).float() for part in mixer.state_dict()}
-    mixer.load_state_dict({part: x.to(source.device) for part, x in held.items()}, assign=True)
-    del mixer.o
-    return mixer
 
 
 def layer_norm(config: ViTConfig, source: Source, name: str) -> LayerNorm:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from kvik.models.gpt import GPTConfig
-from kvik.models.operators import Operator, SelfAttention, geometry, make
+from kvik.models.masked import MaskedConfig
+from kvik.models.operators import Operator, SelfAttention
 from kvik.models.vit import ViTConfig
 from kvik.ops.pointwise import gelu_tanh
 
@@ -14,26 +15,22 @@ SPREAD = 0.02  # of newly drawn embeddings, as in GPT-2
 
 
 class GPT(nn.Module):
-    """`models/gpt.py`'s decoder; or, not causal, the same blocks over texts that are seen from both sides.
+    """`models/gpt.py`'s decoder, or `models/masked.py`'s encoder: the same blocks over texts seen from both sides.
 
     Attributes:
         config: its sizes.
+        owners: see `GPTConfig`.
     """
 
-    def __init__(self, config: GPTConfig, causal: bool = True) -> None:
+    def __init__(self, config: GPTConfig | MaskedConfig) -> None:
         super().__init__()
-        self.config = config
-        where = geometry(config.form, config.max_positions, causal)
+        self.config, self.owners = config, config.owners if isinstance(config, GPTConfig) else ()
         self.wte = _embedding(config.vocab_size, config.hidden)
         if config.form.positions == "learned":
             self.wpe = _embedding(config.max_positions, config.hidden)
         self.h = nn.ModuleList(
-            Block(
-                make(config.form, config.hidden, config.heads, config.head_dim, where, reads=not config.keeps(layer)),
-                config.hidden, config.ffn, config.norm_eps,
-            )
-            for layer in range(config.layers)
-        )  # fmt: skip
+            Block(config.mixer(layer), config.hidden, config.ffn, config.norm_eps) for layer in range(config.layers)
+        )
         self.ln_f = nn.LayerNorm(config.hidden, config.norm_eps)
         if not config.tied_embeddings:
             self.lm_head = nn.Linear(config.hidden, config.vocab_size, bias=False)
@@ -51,8 +48,7 @@ class GPT(nn.Module):
         """All layers: [B, n, d] → [B, n, d]."""
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, block in enumerate(self.h):
-            owner = self.config.owners[layer] if self.config.owners else layer
-            x = block(x, kept, layer, owner) if self.config.owners else block(x)
+            x = block(x, kept, layer, self.owners[layer]) if self.owners else block(x)
         return x
 
 

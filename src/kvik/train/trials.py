@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kvik.models.gpt import GPTConfig
+from kvik.models.masked import MaskedConfig
 from kvik.models.model import Model
 from kvik.models.operators import Cost, Form, grid
 from kvik.models.vit import ViTConfig
@@ -24,6 +25,7 @@ from kvik.train.text import Corpus
 
 VERSION = 1  # of what a trial does: another one's results are others
 PATCH = 4
+_BYTES = 256  # tokens of a text
 _HELD = 16_384  # tokens of the held-out text that a trial is examined by
 _LONG = 4096  # tokens over which cache bytes a token are an average
 
@@ -51,7 +53,7 @@ class Trial:
     share: str = ""
 
     @property
-    def config(self) -> GPTConfig | ViTConfig:
+    def config(self) -> GPTConfig | MaskedConfig | ViTConfig:
         """Its network's sizes."""
         common: dict[str, Any] = dict(
             name=self.operator, layers=self.layers, hidden=self.width, heads=self.heads, kv_heads=self.heads,
@@ -64,7 +66,9 @@ class Trial:
                 **common, vocab_size=0, max_positions=(side // patch) ** 2 + 1, activation="gelu_new", channels=1,
                 size=side, patch=patch, qkv_bias=False,
             )  # fmt: skip
-        config = GPTConfig(**common, vocab_size=256 + (self.task == "masked"), max_positions=self.length)
+        if self.task == "masked":
+            return MaskedConfig(**common, vocab_size=_BYTES + 1, max_positions=self.length, mask_id=_BYTES)
+        config = GPTConfig(**common, vocab_size=_BYTES, max_positions=self.length)
         return config.sharing(self.share) if self.share else config
 
     @property
@@ -78,11 +82,11 @@ class Trial:
             rows, sets, ends = self.length, config.cost.sets, self.length * d * config.vocab_size
         cost = Cost(d, d, self.heads, sets, Form.parse(self.operator))
         pairs = cost.whole(rows)
-        if isinstance(config, ViTConfig) or self.task == "masked":  # both sides are seen
-            pairs += cost.whole(rows) - rows * cost.whole(1)
-        if self.share and isinstance(config, GPTConfig):
+        if isinstance(config, GPTConfig):
             reading = sum(not config.keeps(layer) for layer in range(self.layers))
             pairs -= reading * rows * 4 * d * d // self.layers
+        else:  # both sides are seen
+            pairs += cost.whole(rows) - rows * cost.whole(1)
         each = self.layers * (pairs + rows * (2 * d * d + 4 * d * config.ffn)) + 2 * ends
         return 3 * self.schedule.batch * each
 
@@ -91,11 +95,11 @@ class Trial:
         """Of its network."""
         config = self.config
         with torch.device("meta"):
-            return parameters(_network(config, self.task))
+            return parameters(_network(config))
 
     def network(self) -> GPT | ViT:
         """With newly drawn weights."""
-        return _network(self.config, self.task)
+        return _network(self.config)
 
     def key(self, data: str) -> str:
         """Names all that its result depends on."""
@@ -160,8 +164,8 @@ def saved_bytes(network: nn.Module, batch: Batch) -> int:
     return sum(seen.values())
 
 
-def _network(config: GPTConfig | ViTConfig, task: str) -> GPT | ViT:
-    return ViT(config, CLASSES) if isinstance(config, ViTConfig) else GPT(config, task != "masked")
+def _network(config: GPTConfig | MaskedConfig | ViTConfig) -> GPT | ViT:
+    return ViT(config, CLASSES) if isinstance(config, ViTConfig) else GPT(config)
 
 
 def _pictures(task: str) -> Pictures | None:
