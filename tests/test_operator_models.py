@@ -9,15 +9,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kvik.bench.runs import measure
 from kvik.bench.speed_runs import measure_speed
-from kvik.errors import ConfigError, SpecError, UsageError
+from kvik.errors import ConfigError, ContextError, SpecError, UsageError
 from kvik.models.families import from_hf, from_json
 from kvik.models.gpt import GPTConfig
+from kvik.models.masked import MaskedConfig
 from kvik.models.model import Model
 from kvik.models.shapes.families import from_config
 from kvik.models.vit import ViTConfig
 from kvik.models.weights import check
 from kvik.plan import run_plan
 from kvik.trace.recording import record
+from kvik.train import tasks
+from kvik.train.loop import Loop, Schedule
 from kvik.train.network import GPT, ViT, parameters
 
 WORDS = [
@@ -85,6 +88,55 @@ def test_layers_that_share_are_trained_so(rule, word):
     )
     with pytest.raises(UsageError, match="can't share rows"):
         config("translution:qkv").sharing(rule)
+
+
+def masked(word):
+    return MaskedConfig(
+        name="tiny", vocab_size=50, layers=2, hidden=24, heads=2, kv_heads=2, head_dim=12, ffn=48, max_positions=40,
+        tied_embeddings=False, eos_ids=(), bos_id=None, operator=word, mask_id=49,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_an_encoder_with_an_operator_is_what_was_trained(word):
+    given = masked(word)
+    network, model = both(given)
+    tokens = ids(40)
+    want = network(tokens[None])[0]
+    assert {name: tuple(x.shape) for name, x in network.state_dict().items()} == given.tensor_shapes()
+    assert (model.network.logits(tokens) - want).abs().max() < 1e-5
+    assert model.encode(tokens, every=True).shape == (3, 40, 24)
+    before, after = model.encode(tokens[:-1]), model.encode(tokens)[:-1]
+    assert (before - after).abs().max() > 1e-6  # each sees both sides
+    assert replace(from_hf(given.to_hf(), None, "tiny"), name="tiny") == given
+    assert from_json(json.loads(json.dumps(given.to_json()))) == given
+    plan = from_config(given.to_hf())
+    assert plan.parameters == parameters(network) and not plan.layers
+
+
+def test_an_encoder_says_what_it_can_not():
+    _, model = both(masked("translution:v"))
+    for source, named in (([], "at least one"), ([50], "0 to 49"), ([1] * 41, "40 positions")):
+        with pytest.raises(UsageError if named != "40 positions" else ContextError, match=named):
+            model.encode(torch.tensor(source, dtype=torch.int64))
+    with pytest.raises(UsageError, match="nothing stays valid"):
+        model.cache("bf16")
+    with pytest.raises(ConfigError, match="50 tokens"):
+        from_hf({**masked("attention").to_hf(), "mask_token_id": 50}, None, "tiny")
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_a_step_of_training_stays_on_its_device(word):
+    """On a device without numbers: a tensor left elsewhere would be refused."""
+    for given in (config(word), masked(word)):
+        network = GPT(given).to("meta")
+        loop = Loop(network, Schedule(1, 2), tasks.windows(ids(60), 20), tasks.cross_entropy, 40)
+        batch = loop._draw(torch.Generator(), 2)
+        torch.autograd.backward(tasks.cross_entropy(network, batch))
+        assert all(each.grad is not None and each.grad.device.type == "meta" for each in network.parameters()), word
+    if word != "attention:rotary":
+        given = pictures(word), torch.rand(2, 1, 16, 16), torch.tensor([1, 2])
+        torch.autograd.backward(tasks.cross_entropy(ViT(given[0], 10).to("meta"), given[1:]))
 
 
 def test_a_window_of_the_users():

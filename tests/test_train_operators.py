@@ -9,7 +9,7 @@ import torch
 
 from kvik.errors import StorageError, UsageError
 from kvik.models.model import load
-from kvik.train import compare, lessons, pictures, series, tasks, text, trials
+from kvik.train import compare, lessons, pictures, series, sizes, tasks, text, trials
 from kvik.train.compared import draw, gather, table
 from kvik.train.lessons import Images, Text, learn
 from kvik.train.loop import Loop, Schedule
@@ -69,6 +69,32 @@ def test_kvik_run_continues_a_text(learnt, monkeypatch, capsys):
     done, _ = learnt
     assert in_process(monkeypatch, "run", "--raw", "-m", done.folder, "--max-tokens", 4, "The ") == 0
     assert "4 prompt + 4 new tokens" in capsys.readouterr().err
+
+
+def test_an_encoder_learns_what_is_hidden(tmp_path):
+    given = lesson(150, operator="convolution:3", masked=True)
+    done = learn(given, tmp_path / "it", False, quiet, never)
+    assert done.figures["perplexity"] < 25 and set(done.figures) == {"perplexity"}
+    model = load(done.folder)
+    assert model.tokenizer.encode("a[MASK]") == [*model.tokenizer.encode("a"), 256] and model.config.vocab_size == 257
+    found = model.unmask("the[MASK]value")
+    assert len(found) == 9 and (found[:3], found[4:]) == ("the", "value")
+    want = model.network.logits(torch.tensor(model.tokenizer.encode("the[MASK]value")))[3, :256].argmax()
+    assert found[3] == model.tokenizer.decode([int(want)])
+    with pytest.raises(UsageError, match="hides nothing"):
+        model.unmask("the value")
+    with pytest.raises(UsageError, match="nothing stays valid"):
+        model.cache("bf16")
+    with pytest.raises(UsageError, match="--masked out"):
+        lesson(masked=True, operator="attention:rotary", share="pairs")
+
+
+def test_sizes_by_the_name_of_a_model():
+    assert sizes.like("GPT-2") == sizes.Sizes(12, 768, 12, 1024, "attention:learned")
+    assert sizes.like("translution-tiny") == sizes.Sizes(6, 192, 3, 256, "translution:qkv")
+    assert sizes.like("bert-base") == sizes.Sizes(12, 768, 12, 512, "attention:learned", masked=True)
+    with pytest.raises(UsageError, match=r"gpt2, gpt2-medium.*minilm"):
+        sizes.like("llama-2-7b")
 
 
 @pytest.mark.parametrize("what", ["text", "images"])
@@ -158,8 +184,7 @@ def test_hidden_tokens_are_asked_for_and_no_others():
 
 
 def test_a_comparison_is_fair_and_goes_on(tmp_path):
-    sizes = compare.sizes("16", 1)
-    asked = list(compare.questions(2, 2, 12, 2, ("text", "share", "masked", "moving", "digits"), sizes))
+    asked = list(compare.questions(2, 2, 12, 2, compare.PARTS, compare.sizes("16", 1)))
     base = next(q.trial for q in asked if q.part == "text")
     for question in asked:
         if question.part == "text" and question.equal == "operations" and "bucketed" not in question.label:
@@ -219,12 +244,18 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert 0 <= json.loads(capsys.readouterr().out)["accuracy_shifted"] <= 1
     assert load(tmp_path / "vit").encode(torch.rand(1, 16, 16)).shape == (17, 16)
     results = tmp_path / "results.jsonl"
+    named = ("--like", "minilm", "--heads", 1, *small, "--length", 16, "--operator", "attention:rotary")
+    assert in_process(monkeypatch, "train", "lm", "topics", *named, "--out", tmp_path / "named") == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["lesson"]["masked"] and "unmask(" in told.err
     few = ("--parts", "share", "--seeds", 1, "--steps", 1, "--length", 12, "--widths", "16", "--results", results)
     assert in_process(monkeypatch, "train", "compare", *few, "--plot", tmp_path / "it.svg") == 0
     assert "`last-half`" in capsys.readouterr().out and (tmp_path / "it.svg").exists()
     for wrong, named in (
         (("lm", "topics", "--operator", "rnn"), "none that kvik has"), (("lm", "topics", "--width", 15), "a multiple"),
-        (("lm", "topics", "--steps", 0), "--steps 0"), (("images", "cats"), "digits and moving"),
+        (("lm", "topics", "--steps", 0), "--steps 0"), (("lm", "topics", "--like", "me"), "sizes are known of"),
+        (("lm", "topics", "--device", "tpu"), "use cpu or cuda"), (("compare", "--device", "tpu"), "use cpu or cuda"),
+        (("images", "cats"), "digits and moving"), (("lm", "topics", "--masked", "--share", "pairs"), "--masked out"),
         (("images", "digits", "--operator", "attention:rotary"), "two positions"),
         (("compare", "--parts", "sound"), "use some of"), (("compare", "--widths", "a"), "--widths"),
     ):  # fmt: skip

@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvik.cli.common import INTERRUPTED, JsonOption, stderr
+from kvik.cli.common import INTERRUPTED, DeviceOption, JsonOption, stderr
 from kvik.cli.train import group, stoppable
 from kvik.errors import UsageError
 
@@ -19,59 +20,72 @@ if TYPE_CHECKING:
     from kvik.train.lessons import Done
     from kvik.train.loop import Now
 
-OperatorOption = Annotated[
-    str,
-    typer.Option(
-        help="attention:rotary, attention:learned, translution:qkv (any of q, k, v), lor:qkv,8, bucketed:qkv,16 or "
-        "convolution:5."
-    ),
-]
+OPERATORS = (
+    "attention:rotary, attention:learned, translution:qkv (any of q, k, v), lor:qkv,8, bucketed:qkv,16 or "
+    "convolution:5."
+)
 OutOption = Annotated[Path | None, typer.Option(help="The folder to write; by default in trained/ of kvik's home.")]
 StepsOption = Annotated[int, typer.Option(help="Steps of training.")]
 BatchOption = Annotated[int, typer.Option(help="Texts or pictures a step.")]
 RateOption = Annotated[float, typer.Option(help="The highest learning rate; it rises, then falls as a cosine does.")]
 SeedOption = Annotated[int, typer.Option(help="Another seed gives other batches and other weights.")]
-WidthOption = Annotated[int, typer.Option(help="Channels of the network.")]
-LayersOption = Annotated[int, typer.Option(help="Its layers.")]
-HeadsOption = Annotated[int, typer.Option(help="Its heads; the width is a multiple of them.")]
+LayersOption = Annotated[int, typer.Option(help="Layers of the network.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")]
 
 
 @group.command()
 def lm(
     text: Annotated[str, typer.Argument(help="A text file, or 'topics': Python's documentation of its language.")],
-    operator: OperatorOption = "attention:rotary",
+    operator: Annotated[str | None, typer.Option(help=f"attention:rotary if not given; {OPERATORS}")] = None,
+    masked: Annotated[
+        bool, typer.Option("--masked", help="Learn hidden tokens from both sides (an encoder) instead of the next one.")
+    ] = False,
+    named: Annotated[
+        str | None,
+        typer.Option("--like", help="Sizes of a well-known model, such as gpt2, translution-tiny or bert-base."),
+    ] = None,
     out: OutOption = None,
     steps: StepsOption = 1000,
     batch: BatchOption = 16,
-    length: Annotated[int, typer.Option(help="Tokens of a text: the model's context.")] = 64,
+    length: Annotated[int | None, typer.Option(help="Tokens of a text: the model's context; 64 if not given.")] = None,
     pieces: Annotated[str, typer.Option(help="'bytes', or how many pieces of text to learn (byte pairs).")] = "bytes",
-    width: WidthOption = 64,
-    layers: LayersOption = 2,
-    heads: HeadsOption = 2,
+    width: Annotated[int | None, typer.Option(help="Channels of the network; 64 if not given.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Its layers; 2 if not given.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Its heads; the width is a multiple of twice as many; 2 if not given.")
+    ] = None,
     share: Annotated[
         str | None, typer.Option(help="Layers read the rows of others: pairs, last-half or last:N (attention alone).")
     ] = None,
     rate: RateOption = 3e-3,
     seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
     resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a decoder to continue a text; 'kvik run --raw -m FOLDER' runs it.
+    """Train a decoder to continue a text, or an encoder to tell what is hidden in it; 'kvik run --raw -m FOLDER' runs a
+    decoder.
 
     Ctrl-C keeps what was learnt, and --resume goes on. The last tenth of the text is held out.
     """
     from kvik.train.lessons import Text, learn
     from kvik.train.loop import Schedule
+    from kvik.train.sizes import Sizes, like
 
+    usual = Sizes() if named is None else like(named)
+    given: dict[str, Any] = {"operator": operator, "width": width, "layers": layers, "heads": heads, "length": length}
+    sizes = replace(usual, **{name: value for name, value in given.items() if value is not None})
     lesson = Text(
-        schedule=Schedule(steps, batch, rate, seed=seed), operator=operator, width=width, layers=layers, heads=heads,
-        source=text, length=length, pieces=pieces, share=share or "",
+        schedule=Schedule(steps, batch, rate, seed=seed), operator=sizes.operator, width=sizes.width,
+        layers=sizes.layers, heads=sizes.heads, source=text, length=sizes.length, pieces=pieces, share=share or "",
+        masked=masked or sizes.masked, device=device,
     )  # fmt: skip
     folder = _folder(out, "lm")
     with stoppable() as stopping, _bar("tokens") as show:
         done = learn(lesson, folder, resume, show, stopping)
     hint = f'kvik run --raw -m {folder} --max-tokens 60 "The "'
+    if lesson.masked:
+        hint = f"python -c \"import kvik; print(kvik.load('{folder}').unmask('The [MASK]ord'))\""
     _tell(done, as_json, hint)
 
 
@@ -80,15 +94,16 @@ def images(
     pictures: Annotated[
         str, typer.Argument(help="digits, or moving: digits somewhere in a larger picture.")
     ] = "digits",
-    operator: OperatorOption = "attention:learned",
+    operator: Annotated[str, typer.Option(help=OPERATORS)] = "attention:learned",
     out: OutOption = None,
     steps: StepsOption = 600,
     batch: BatchOption = 32,
-    width: WidthOption = 48,
+    width: Annotated[int, typer.Option(help="Channels of the network.")] = 48,
     layers: LayersOption = 2,
-    heads: HeadsOption = 2,
+    heads: Annotated[int, typer.Option(help="Its heads; the width is a multiple of twice as many.")] = 2,
     rate: RateOption = 3e-3,
     seed: SeedOption = 0,
+    device: DeviceOption = "cpu",
     resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -101,7 +116,7 @@ def images(
 
     lesson = Images(
         schedule=Schedule(steps, batch, rate, seed=seed), operator=operator, width=width, layers=layers, heads=heads,
-        source=pictures,
+        source=pictures, device=device,
     )  # fmt: skip
     folder = _folder(out, "images")
     with stoppable() as stopping, _bar("pictures") as show:
@@ -171,6 +186,7 @@ def compare(
     batch: BatchOption = 16,
     widths: Annotated[str, typer.Option(help="Channels of the two sizes of networks.")] = "48,96",
     layers: LayersOption = 2,
+    device: DeviceOption = "cpu",
     plot: Annotated[Path | None, typer.Option(help="A picture of what came out, PNG or SVG.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -178,6 +194,7 @@ def compare(
 
     What is finished stands in a file, and is not done again: repeat the command to go on.
     """
+    from kvik.models.model import check_device
     from kvik.train import compare as comparing
     from kvik.train import text as texts
     from kvik.train.compared import as_json as dumped
@@ -186,6 +203,7 @@ def compare(
     chosen = tuple(part.strip() for part in parts.split(","))
     comparing.check(chosen)
     sizes = comparing.sizes(widths, layers)
+    check_device(device)
     corpus = texts.read(text)
     asked = list(comparing.questions(steps, seeds, length, batch, chosen, sizes))
 
@@ -194,9 +212,9 @@ def compare(
         print(f"{number + 1} of {count} · seed {question.trial.schedule.seed} · {what}", file=sys.stderr, flush=True)
 
     with stoppable() as stopping:
-        known = comparing.answer(asked, corpus, results, show, stopping)
+        known = comparing.answer(asked, corpus, results, show, stopping, device)
         stopped = stopping()
-    rows = gather(asked, known, corpus.digest)
+    rows = gather(asked, known, comparing.given(corpus, device))
     if not rows:
         raise UsageError(f"{results}: holds none of these trainings yet; let the command run on")
     print(dumped(rows) if as_json else table(rows))

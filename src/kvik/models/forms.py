@@ -89,10 +89,14 @@ class Form:
             found.append(max(start, found[-1] + 1))
         return tuple(found)
 
-    def sets(self, length: int) -> int:
-        """Matrices of each relative projection, in a causal text of at most `length` tokens."""
-        known = {"attention": 1, "convolution": min(self.number, length), "bucketed": min(self.number, length)}
-        return known.get(self.kind, length)
+    def sets(self, length: int, causal: bool = True) -> int:
+        """Matrices of each relative projection, in a text of at most `length` tokens."""
+        if self.kind == "attention":
+            return 1
+        if self.kind == "convolution":
+            return min(self.number, length) if causal else 2 * min(self.number // 2 + 1, length) - 1
+        each = min(self.number, length) if self.kind == "bucketed" else length
+        return each if causal else 2 * each - 1  # offsets to the right have matrices of their own
 
     def layer_shapes(self, d: int, heads: int, width: int, length: int) -> list[LayerShape]:
         """What a layer's operator keeps of a token, in a causal text: its layers in a cache. Why: in each class.

@@ -22,6 +22,7 @@ from kvik.models.config import Config
 from kvik.models.decoder import Decoder, Encoder, Reader
 from kvik.models.embedding import Pooling
 from kvik.models.encoding import EncoderConfig
+from kvik.models.masked import MASK, Masked, MaskedConfig
 from kvik.models.parts import Source, arithmetic, multiplied, nbytes
 from kvik.models.reading import ReaderConfig
 from kvik.models.tokenizer import Tokenizer
@@ -203,6 +204,26 @@ class Model:
         return self.pooling(self.encode(ids))
 
     @torch.inference_mode()
+    def unmask(self, text: str) -> str:
+        """A text with the likeliest token at each `[MASK]`, by an encoder that `kvik train lm --masked` made.
+
+        Raises:
+            UsageError: the model is no such encoder, or nothing is hidden.
+            ContextError: the text is longer than its positions.
+        """
+        config, network, tokenizer = self.config, self.network, self.tokenizer
+        if not isinstance(network, Masked) or not isinstance(config, MaskedConfig) or tokenizer is None:
+            raise UsageError(f"{config.name} has no head for hidden tokens; train one with 'kvik train lm --masked'")
+        ids = _tensor(tokenizer.encode(text))
+        hidden = ids == config.mask_id
+        if not hidden.any():
+            raise UsageError(f"the text hides nothing; write {MASK} where the model is to say what stands there")
+        config.check_source(ids)
+        found = network.logits(ids.to(self.device)).cpu()
+        found[:, config.mask_id] = -torch.inf
+        return tokenizer.decode(torch.where(hidden, found.argmax(-1), ids).tolist())
+
+    @torch.inference_mode()
     def fill(self, cache: Cache, source: Tensor | Sequence[int], salt: str = "", owner: str = "") -> bytes:
         """Makes a source known to a cache. Its encoder runs only where that is news; `Cache.listen` hears of it.
 
@@ -322,10 +343,7 @@ def load(
     from kvik.models import centres, embedding, prepare
 
     _check_weights(weights)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device 'cuda': torch sees no CUDA device here; use --device cpu")
-    if device not in ("cpu", "cuda"):
-        raise UsageError(f"device {device!r}: use cpu or cuda")
+    check_device(device)
     show = progress or prepare.quiet
     loaded = prepare.load(prepare.resolve(str(model), show))
     config = loaded.config if share is None else loaded.config.sharing(share)
@@ -343,6 +361,14 @@ def load(
 
 def _tensor(source: Tensor | Sequence[int]) -> Tensor:
     return source if isinstance(source, Tensor) else torch.tensor(list(source), dtype=torch.int64)
+
+
+def check_device(device: str) -> None:
+    """Raises UsageError for a device that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda': torch sees no CUDA device here; use --device cpu")
+    if device not in ("cpu", "cuda"):
+        raise UsageError(f"device {device!r}: use cpu or cuda")
 
 
 def _check_weights(weights: str) -> None:

@@ -125,12 +125,14 @@ def answer(
     path: Path,
     show: Callable[[int, int, Question], None],
     stopping: Callable[[], bool] = lambda: False,
+    device: str = "cpu",
 ) -> dict[str, dict[str, Any]]:
     """Runs what the file lacks.
 
     Args:
         path: of the results, a line of JSON each.
         show: is told of each question (number, of how many) before it is answered.
+        device: cpu or cuda; where it is trained.
 
     Returns:
         Results by key.
@@ -138,16 +140,21 @@ def answer(
     Raises:
         StorageError: the file can't be read or written, or is none of ours.
     """
-    known = read(path)
+    known, data = read(path), given(corpus, device)
     for number, question in enumerate(asked):
-        key = question.trial.key(corpus.digest)
+        key = question.trial.key(data)
         if key not in known:
             if stopping():
                 break
             show(number, len(asked), question)
-            known[key] = run(question.trial, corpus)
+            known[key] = run(question.trial, corpus, device)
             _append(path, {"key": key, "trial": asdict(question.trial), "result": known[key]})
     return known
+
+
+def given(corpus: Corpus, device: str) -> str:
+    """For `Trial.key`: what a result depends on beside the trial."""
+    return corpus.digest if device == "cpu" else f"{corpus.digest} {device}"
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kvik.errors import StorageError, UsageError
 from kvik.models.gpt import GPTConfig
+from kvik.models.masked import MASK, MaskedConfig
+from kvik.models.model import check_device
 from kvik.models.vit import ViTConfig
 from kvik.train import pictures, tasks, text
 from kvik.train.checkpoint import NOTE, check_folder, replace_folder
@@ -31,6 +33,7 @@ class Lesson:
     Attributes:
         operator: `Form`'s word.
         source: what is learnt from.
+        device: cpu or cuda; it decides the last bits.
     """
 
     schedule: Schedule
@@ -39,8 +42,10 @@ class Lesson:
     layers: int
     heads: int
     source: str
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
+        check_device(self.device)
         if not 1 <= self.layers <= _MOST_LAYERS or not 1 <= self.width <= _MOST_WIDTH:
             raise UsageError(
                 f"--layers {self.layers} --width {self.width}: use 1 to {_MOST_LAYERS} and 1 to {_MOST_WIDTH:,}"
@@ -59,21 +64,25 @@ class Lesson:
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Lesson):
-    """Next-token language modelling.
+    """Language modelling: the next token, or hidden ones.
 
     Attributes:
         length, pieces: see `text.read`.
         share: which layers read others' rows; "" = none.
+        masked: it learns hidden tokens, from both sides.
     """
 
     length: int
     pieces: str = text.BYTES
     share: str = ""
+    masked: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 2 <= self.length <= 8192:
             raise UsageError(f"--length {self.length}: use 2 to 8,192 tokens")
+        if self.masked and self.share:
+            raise UsageError(f"--share {self.share!r}: an encoder keeps no rows to share; leave it or --masked out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,22 +170,33 @@ def _text(lesson: Text) -> _Course:
         raise UsageError(
             f"--length {lesson.length}: the text's held-out tenth has {len(corpus.held):,} tokens; use a smaller length"
         )
-    config = GPTConfig(**lesson.sizes(), vocab_size=corpus.vocabulary, max_positions=lesson.length)
-    config = config.sharing(lesson.share) if lesson.share else config
-    network = GPT(config)
+    config = _text_config(lesson, corpus.vocabulary)
+    network, batch = GPT(config).to(lesson.device), lesson.schedule.batch * lesson.length
     draw = tasks.windows(corpus.learnt, lesson.length)
-    loop = Loop(network, lesson.schedule, draw, tasks.cross_entropy, lesson.schedule.batch * lesson.length)
+    if isinstance(config, MaskedConfig):
+        draw = tasks.hidden(corpus.learnt, lesson.length, config.mask_id)
+    loop = Loop(network, lesson.schedule, draw, tasks.cross_entropy, batch)
 
     def examine() -> dict[str, float]:
+        if isinstance(config, MaskedConfig):
+            return {"perplexity": math.exp(tasks.hidden_nats(network, corpus.held, lesson.length, config.mask_id))}
         nats = tasks.nats(network, corpus.held, lesson.length)
         bits = tasks.bits_a_byte(nats, len(corpus.held), corpus.held_bytes)
         return {"perplexity": math.exp(nats), "bits_a_byte": bits}
 
     def fill(folder: Path) -> None:
         write(folder, config.to_hf(), dict(network.state_dict()))
-        text.save(corpus.tokenizer, folder)
+        text.save(corpus.tokenizer, folder, MASK if lesson.masked else None)
 
     return _Course(loop, named(text=corpus.digest, **asdict(lesson)), examine, fill)
+
+
+def _text_config(lesson: Text, vocabulary: int) -> GPTConfig | MaskedConfig:
+    common = {**lesson.sizes(), "max_positions": lesson.length}
+    if lesson.masked:
+        return MaskedConfig(**common, vocab_size=vocabulary + 1, mask_id=vocabulary)
+    config = GPTConfig(**common, vocab_size=vocabulary)
+    return config.sharing(lesson.share) if lesson.share else config
 
 
 def _images(lesson: Images) -> _Course:
@@ -186,7 +206,7 @@ def _images(lesson: Images) -> _Course:
         **lesson.sizes(), vocab_size=0, max_positions=(given.side // patch) ** 2 + 1, activation="gelu_new", channels=1,
         size=given.side, patch=patch, qkv_bias=False,
     )  # fmt: skip
-    network = ViT(config, pictures.CLASSES)
+    network = ViT(config, pictures.CLASSES).to(lesson.device)
     draw = tasks.pictures(given.learnt)
     loop = Loop(network, lesson.schedule, draw, tasks.cross_entropy, lesson.schedule.batch)
 
@@ -203,7 +223,7 @@ def write(folder: Path, config: dict[str, object], tensors: dict[str, Tensor]) -
     """config.json and model.safetensors. Raises OSError."""
     from safetensors.torch import save_file
 
-    held = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 

@@ -86,7 +86,7 @@ class Loop:
     Attributes:
         steps: that were made.
         losses: of each.
-        seconds: of processor time, of all of them.
+        seconds: of all of them: of processor time, or of time where another device computes.
     """
 
     def __init__(
@@ -109,6 +109,8 @@ class Loop:
         groups = [{"params": matrices, "weight_decay": schedule.decay}, {"params": others, "weight_decay": 0.0}]
         self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
         self.steps, self.seconds, self.losses = 0, 0.0, list[float]()
+        on_cpu = next(network.parameters()).device.type == "cpu"
+        self._clock = time.process_time if on_cpu else time.perf_counter
 
     def run(
         self,
@@ -125,9 +127,9 @@ class Loop:
         self.network.train()
         kept = time.monotonic()
         while self.steps < self.schedule.steps and not stopping():
-            began, processor = time.perf_counter(), time.process_time()
+            began, spent = time.perf_counter(), self._clock()
             loss = self._step()
-            self.seconds += time.process_time() - processor
+            self.seconds += self._clock() - spent
             show(Now(self.steps, self.schedule.steps, loss, self._items / (time.perf_counter() - began)))
             if time.monotonic() - kept > every:
                 keep()

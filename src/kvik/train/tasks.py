@@ -55,8 +55,14 @@ def pictures(given: Batch) -> Callable[[torch.Generator, int], Batch]:
 
 def cross_entropy(network: nn.Module, batch: Batch) -> Tensor:
     """Nats a token, or a picture."""
-    logits = network(batch[0])
-    return nn.functional.cross_entropy(logits.flatten(0, -2), batch[1].flatten())
+    where = place(network)
+    logits = network(batch[0].to(where))
+    return nn.functional.cross_entropy(logits.flatten(0, -2), batch[1].to(where).flatten())
+
+
+def place(network: nn.Module) -> torch.device:
+    """The device that a network is on."""
+    return next(network.parameters()).device
 
 
 @torch.inference_mode()
@@ -84,10 +90,10 @@ def hidden_nats(network: nn.Module, held: Tensor, length: int, mask: int, most: 
 def accuracy(network: ViT, given: Batch) -> float:
     """Of pictures whose class is the likeliest one."""
     network.eval()
-    right = 0
+    right, where = 0, place(network)
     for start in range(0, len(given[0]), _AT_ONCE):
         some = slice(start, start + _AT_ONCE)
-        right += int((network(given[0][some]).argmax(-1) == given[1][some]).sum())
+        right += int((network(given[0][some].to(where)).argmax(-1).cpu() == given[1][some]).sum())
     return right / len(given[0])
 
 

@@ -68,10 +68,17 @@ def read(source: str, pieces: str = BYTES) -> Corpus:
     return Corpus(name, digest, tokenizer, learnt, held, len(text[cut:].encode()))
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json. Raises OSError."""
+def save(tokenizer: Tokenizer, folder: Path, mask: str | None = None) -> None:
+    """tokenizer.json and tokenizer_config.json. Raises OSError.
+
+    Args:
+        mask: how a text spells a hidden token; it is the one behind all others.
+    """
+    if mask is not None:
+        tokenizer.add_special_tokens([mask])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {} if mask is None else {"mask_token": mask}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
 

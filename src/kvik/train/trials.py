@@ -106,10 +106,10 @@ class Trial:
         return named(version=VERSION, data=data, **asdict(self))[:16]
 
 
-def run(trial: Trial, corpus: Corpus | None) -> dict[str, Any]:
+def run(trial: Trial, corpus: Corpus | None, device: str = "cpu") -> dict[str, Any]:
     """Trains and examines. `corpus`: of a text."""
     torch.manual_seed(trial.schedule.seed)
-    network, given = trial.network(), _pictures(trial.task)
+    network, given = trial.network().to(device), _pictures(trial.task)
     draw, length = _drawing(trial, corpus, given)
     loop = Loop(network, trial.schedule, draw, tasks.cross_entropy, trial.schedule.batch * length)
     held = saved_bytes(network, draw(torch.Generator().manual_seed(0), trial.schedule.batch))
@@ -135,7 +135,7 @@ def run(trial: Trial, corpus: Corpus | None) -> dict[str, Any]:
 def served(network: GPT, tokens: Tensor) -> dict[str, float]:
     """What a trained decoder costs in kvik: bytes a token, and processor time, of rows in bf16."""
     config = network.config
-    weights = {name: tensor.detach() for name, tensor in network.state_dict().items()}
+    weights = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     model = Model(config, dict(check(weights, config)), weights="f32")
     cache, ids, prefills, steps = model.cache("bf16", memory="64MiB", shares=False), tokens.tolist(), [], []
     for _ in range(4):

@@ -32,9 +32,6 @@ class SelfAttention(Operator):
         self.q = flat(d, self.m)
         if not reads:
             self.k, self.v = flat(d, self.m), flat(d, self.m)
-        rates = THETA ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        self.rates: Tensor
-        self.register_buffer("rates", rates, persistent=False)
 
     def mix(self, x: Tensor) -> Tensor:
         """See `Operator.mix`."""
@@ -71,7 +68,9 @@ class SelfAttention(Operator):
         """[… n, m] with channels i and i + D/2 of each head turned by position · rate; angles in f64."""
         if self.positions != "rotary":
             return x
-        angles = positions[:, None, None].double() * self.rates
+        width = self.m // self.heads
+        rates = THETA ** (-torch.arange(0, width, 2, dtype=torch.float64, device=x.device) / width)
+        angles = positions[:, None, None].double() * rates
         cos, sin = angles.cos().to(x), angles.sin().to(x)
         low, high = x.view(*x.shape[:-1], self.heads, 2, -1).unbind(-2)
         return torch.stack((low * cos - high * sin, high * cos + low * sin), dim=-2).flatten(-3)

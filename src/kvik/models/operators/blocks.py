@@ -96,7 +96,7 @@ class OperatorConfig(Config):
             "num_hidden_layers": self.layers, "num_attention_heads": self.heads, "intermediate_size": self.ffn,
             "max_position_embeddings": self.max_positions, "layer_norm_eps": self.norm_eps, "operator": self.operator,
             "tie_word_embeddings": self.tied_embeddings, "eos_token_id": list(self.eos_ids),
-            "bos_token_id": self.bos_id,
+            "bos_token_id": self.bos_id, "torch_dtype": "float32",
         }  # fmt: skip
 
 

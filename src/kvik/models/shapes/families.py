@@ -12,14 +12,10 @@ from typing import Any
 
 from kvik.errors import ConfigError
 from kvik.models.shapes import ours, readers
+from kvik.models.shapes.shape import ENCODER_ONLY, ModelShape, kv, latent
 from kvik.models.shapes.shape import Config as _Config
-from kvik.models.shapes.shape import ModelShape, kv, latent
 
 __all__ = ["FAMILIES", "ModelShape", "from_config"]
-
-ENCODER_ONLY = (
-    "it reads the whole source at once; every row sees later ones, so nothing computed for a prefix stays valid"
-)
 
 
 def from_config(config: Mapping[str, Any], name: str | None = None) -> ModelShape:
@@ -228,7 +224,8 @@ def _vit(c: _Config) -> ModelShape:
     embeddings = (rows + 1) * d + (c("num_channels") * patch**2 + 1) * d
     layer = 4 * d * d + (4 if c.flag("qkv_bias") else 1) * d + 2 * d * ff + ff + d + 4 * d
     c = _Config({**c.raw, "max_position_embeddings": rows})
-    return _decoder(c, embeddings + layers * layer + 2 * d + d * d + d, [], (f"no cache: {ENCODER_ONLY}",))
+    parameters = None if c.raw.get("operator") else embeddings + layers * layer + 2 * d + d * d + d
+    return _decoder(c, parameters, [], (f"no cache: {ENCODER_ONLY}",))
 
 
 def _unknown(c: _Config) -> ModelShape:
@@ -254,6 +251,7 @@ FAMILIES: dict[str, Callable[[_Config], ModelShape]] = {
     "gemma3": _gemma,
     "gemma3_text": _gemma,
     "gpt2": _gpt2,
+    "kvik_encoder": ours.encoder,
     "kvik_gpt": ours.decoder,
     "llama": _llama,
     "marian": readers.bart,

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvik.cache.sharing import shared
 from kvik.models.forms import Cost, Form
-from kvik.models.shapes.shape import Config, ModelShape
+from kvik.models.shapes.shape import ENCODER_ONLY, Config, ModelShape
 from kvik.units import format_bytes, format_count
 
 
 def decoder(c: Config) -> ModelShape:
     """See `models/gpt.py`."""
+    return _shape(c, causal=True)
+
+
+def encoder(c: Config) -> ModelShape:
+    """See `models/masked.py`: it keeps nothing."""
+    return replace(_shape(c, causal=False), layers=(), kv_parameters=None, notes=(f"no cache: {ENCODER_ONLY}",))
+
+
+def _shape(c: Config, causal: bool) -> ModelShape:
     c = Config(c.raw, operator="attention:learned", owners=[])
     (heads, _, width), d, layers = c.heads(), c("hidden_size"), c("num_hidden_layers")
     length, vocabulary, ffn = c("max_position_embeddings"), c("vocab_size"), c.maybe("intermediate_size") or 4 * d
     form, owners = Form.parse(str(c.raw["operator"])), [int(owner) for owner in c.raw["owners"]]
-    cost, m = Cost(d, heads * width, heads, form.sets(length), form), heads * width
+    cost, m = Cost(d, heads * width, heads, form.sets(length, causal), form), heads * width
     reading = sum(owner != layer for layer, owner in enumerate(owners))
     layer = cost.parameters + m * d + d + 2 * d * ffn + ffn + d + 4 * d
     tied = 1 if c.flag("tie_word_embeddings") else 2

@@ -12,6 +12,10 @@ from kvik.errors import ConfigError
 _DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _LARGEST = 10**9  # no width, vocabulary or context of any model comes near it; nor do its layers and heads to 10,000
 
+ENCODER_ONLY = (
+    "it reads the whole source at once; every row sees later ones, so nothing computed for a prefix stays valid"
+)
+
 
 @dataclass(frozen=True)
 class ModelShape:
