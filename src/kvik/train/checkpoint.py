@@ -55,6 +55,8 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         work.mkdir(parents=True)
         fill(work)
+        for path in work.iterdir():
+            path.chmod(0o644)  # safetensors makes files that their owner alone can read
         if folder.exists():
             old = work.with_name(f"{work.name}-old")
             folder.replace(old)
@@ -86,8 +88,6 @@ def _fill(training: Training, folder: Path, exam: Exam, report: dict[str, Any]) 
         if shown:
             logging.enable_progress_bar()
     save(training.tokenizer, folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)
     kinds = {kind: {to: round(exam.share(to, kind), 4) for to in LANGUAGES} for kind in KINDS}
     note = {
         **report, "recipe": asdict(training.recipe), "steps": training.steps,
