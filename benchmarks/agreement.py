@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import kvik
-from kvik.models import prepare
+from kvik.models.files import prepare
 from kvik.ops.grouped import dense
 
 PROMPTS = [

@@ -33,7 +33,7 @@ from torch import Tensor
 import kvik
 from kvik.cache.cache import Cache
 from kvik.engine.transcription import Transcriber, Window, source_bytes, text_bytes
-from kvik.models import prepare
+from kvik.models.files import prepare
 from kvik.models.mel import RATE, log_mel
 from kvik.models.model import Model
 from kvik.models.sound import read_wav

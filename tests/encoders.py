@@ -4,8 +4,8 @@ import torch
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from kvik.models import families
+from kvik.models.files.weights import check
 from kvik.models.model import Model
-from kvik.models.weights import check
 
 VOCAB = 150
 SIZES = dict(

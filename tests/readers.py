@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from kvik.models import families
+from kvik.models.files.weights import check
 from kvik.models.hearing import HearingConfig
 from kvik.models.model import Model
-from kvik.models.weights import check
 
 VOCAB, POSITIONS = 157, 300
 T5_SIZES = dict(

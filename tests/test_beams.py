@@ -15,8 +15,8 @@ from kvik.errors import BudgetError, ConfigError, ContextError, UsageError
 from kvik.models import families
 from kvik.models.constraints import Constraints
 from kvik.models.fields import Fields
+from kvik.models.files.weights import check
 from kvik.models.model import Model
-from kvik.models.weights import check
 from readers import drawn, generate, ours, tokens
 
 MEMORY = 16 << 20

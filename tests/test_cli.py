@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvik.cli
 from kvik.cli.common import NO_KERNELS
-from kvik.models.prepare import resolve
+from kvik.models.files.prepare import resolve
 
 
 def in_process(monkeypatch, *arguments):

@@ -12,9 +12,9 @@ from tokenizers import models
 
 import readers
 from kvik.errors import ConfigError, KvikError, TokenizerError, WeightsError
-from kvik.models import ctranslate2
-from kvik.models.convert import convert_ctranslate2
-from kvik.models.folder import load
+from kvik.models.files import ctranslate2
+from kvik.models.files.convert import convert_ctranslate2
+from kvik.models.files.folder import load
 from kvik.models.model import Model
 from readers import drawn, their_logits
 from test_readers import read
@@ -224,7 +224,7 @@ def test_other_specs_and_tokenizers_without_the_tokens(tmp_path):
 
 
 def test_a_model_of_many_languages_says_which(tmp_path):
-    from kvik.models.tokenizer import Tokenizer
+    from kvik.models.text.tokenizer import Tokenizer
 
     path = folder(tmp_path / "a", {}, aliases=())
     got = ctranslate2.whisper_settings({"lang_ids": [9, 11]}, Tokenizer(path.parent), 51_865)

@@ -15,12 +15,13 @@ from transformers import BertForMaskedLM, BertModel, ViTForImageClassification
 import kvik
 from encoders import VOCAB, drawn, encoder, ours, source
 from kvik.errors import ConfigError, ContextError, SpecError, UsageError
-from kvik.models import embedding, families, prepare, wheels
-from kvik.models.convert import convert_folder
+from kvik.models import embedding, families
 from kvik.models.embedding import Pooling
-from kvik.models.folder import file_sha256, load
+from kvik.models.files import prepare, wheels
+from kvik.models.files.convert import convert_folder
+from kvik.models.files.folder import file_sha256, load
+from kvik.models.files.weights import check, read_safetensors
 from kvik.models.model import Model
-from kvik.models.weights import check, read_safetensors
 
 NAMES = pytest.mark.parametrize("name", ["bert", "vit"])
 CHANGED = [

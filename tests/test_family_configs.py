@@ -8,8 +8,8 @@ import transformers as hf
 
 from kvik.errors import ConfigError, WeightsError
 from kvik.models import families
+from kvik.models.files.weights import check
 from kvik.models.rope import Rope
-from kvik.models.weights import check
 from tiny_models import FAMILIES, deepseek, gemma, opt, ours, tiny
 
 SIZES = {

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvik.models.families import FAMILIES
+from kvik.models.files.wheels import BUILT_IN
 from kvik.models.shapes.families import FAMILIES as SIZED
-from kvik.models.wheels import BUILT_IN
 
 SOURCE = Path(__file__).parent.parent / "src" / "kvik"
 FLOORS = (

@@ -13,7 +13,7 @@ from kvik.engine.sampling import Sampling, choose
 from kvik.errors import ContextError, UsageError
 from kvik.models import families
 from kvik.models.model import Model
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 
 EOS = (256, 257)
 

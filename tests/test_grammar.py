@@ -14,7 +14,7 @@ from kvik.engine.request import Request
 from kvik.engine.sampling import Sampling
 from kvik.errors import EngineError, UsageError
 from kvik.models.model import load
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 from served import HELLO, WEATHER, save_tiny
 
 SCHEMA = {"type": "array", "items": {"enum": ["ab", "abab", 1, True]}, "minItems": 16, "maxItems": 18}

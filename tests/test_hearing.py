@@ -18,10 +18,10 @@ from kvik.engine.subtitles import FORMATS
 from kvik.engine.transcription import Segment, Transcriber, source_bytes, text_bytes
 from kvik.errors import ConfigError, ContextError, UsageError
 from kvik.models import families
+from kvik.models.files.weights import check
 from kvik.models.hearing import TimeRules
 from kvik.models.mel import HOP, RATE
 from kvik.models.model import Model
-from kvik.models.weights import check
 from readers import drawn
 
 MEMORY = 32 << 20

@@ -69,7 +69,7 @@ def test_smollm2_equals_lm_evals_own():
 
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from kvik.models import prepare
+    from kvik.models.files import prepare
     from kvik.ops.grouped import dense
 
     mine = adapter()("smollm2", "f32", "f32")

@@ -11,12 +11,12 @@ from kvik.bench.runs import measure
 from kvik.bench.speed_runs import measure_speed
 from kvik.errors import ConfigError, ContextError, SpecError, UsageError
 from kvik.models.families import from_hf, from_json
-from kvik.models.gpt import GPTConfig
-from kvik.models.masked import MaskedConfig
+from kvik.models.families.gpt import GPTConfig
+from kvik.models.families.masked import MaskedConfig
+from kvik.models.families.vit import ViTConfig
+from kvik.models.files.weights import check
 from kvik.models.model import Model
 from kvik.models.shapes.families import from_config
-from kvik.models.vit import ViTConfig
-from kvik.models.weights import check
 from kvik.plan import run_plan
 from kvik.trace.recording import record
 from kvik.train import tasks

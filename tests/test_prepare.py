@@ -18,12 +18,12 @@ from gguf import GGMLQuantizationType as Q
 from transformers import AutoTokenizer
 
 from kvik.errors import KvikError, ModelError, StorageError, TokenizerError, UsageError, WeightsError
-from kvik.models import convert, prepare, wheels
-from kvik.models.convert import convert_folder
-from kvik.models.folder import _NAMES, file_sha256
-from kvik.models.prepare import home, load, resolve
-from kvik.models.tokenizer import Tokenizer
-from kvik.models.weights import read_gguf
+from kvik.models.files import convert, prepare, wheels
+from kvik.models.files.convert import convert_folder
+from kvik.models.files.folder import _NAMES, file_sha256
+from kvik.models.files.prepare import home, load, resolve
+from kvik.models.files.weights import read_gguf
+from kvik.models.text.tokenizer import Tokenizer
 from kvik.ops.grouped import GroupQuantized
 from test_weights import alphabet, llama, write_gguf
 
@@ -220,7 +220,7 @@ def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(kvik_home,
 
 
 REPORTED = (
-    "import json, pathlib, sys; from kvik.models.prepare import resolve; steps = []; "
+    "import json, pathlib, sys; from kvik.models.files.prepare import resolve; steps = []; "
     "folder = resolve(sys.argv[1], lambda what, *_: steps.append(what)); "
     "pathlib.Path(sys.argv[2]).write_text(json.dumps([str(folder), steps]))"
 )
@@ -331,7 +331,8 @@ def test_a_failing_or_missing_pip_names_the_other_way(kvik_home, monkeypatch):
 def test_a_warm_start_imports_no_heavy_library_and_needs_no_writable_home(kvik_home, tiny):
     resolve(str(tiny))
     script = (
-        "import sys; from kvik.models.prepare import load, resolve; from kvik.models.tokenizer import Tokenizer; "
+        "import sys; from kvik.models.files.prepare import load, resolve; "
+        "from kvik.models.text.tokenizer import Tokenizer; "
         f"folder = resolve({str(tiny)!r}); load(folder); Tokenizer(folder).encode('x'); "
         "print([m for m in ('transformers', 'gguf', 'huggingface_hub', 'jinja2') if m in sys.modules])"
     )

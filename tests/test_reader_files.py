@@ -14,10 +14,10 @@ from kvik.engine.generation import Generation, Request, ask, encode_prompt, gene
 from kvik.engine.sampling import Sampling
 from kvik.errors import ConfigError, UsageError, WeightsError
 from kvik.models import families
-from kvik.models.folder import load
+from kvik.models.files.folder import load
+from kvik.models.files.weights import check
 from kvik.models.model import Model
 from kvik.models.model import load as load_model
-from kvik.models.weights import check
 from readers import READERS, drawn, ours, their_logits, tokens
 from test_cli import in_process
 from test_readers import read

@@ -8,7 +8,7 @@ from helpers import listening
 from kvik import events
 from kvik.errors import ContextError, SpecError, UsageError
 from kvik.models.attention import attend_all
-from kvik.models.t5 import backward_bias, bias_both_ways
+from kvik.models.families.t5 import backward_bias, bias_both_ways
 from kvik.ops.pointwise import ACTIVATIONS, activation
 from readers import READERS, drawn, ours, their_logits, tokens
 

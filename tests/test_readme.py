@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvik.models.prepare import resolve
+from kvik.models.files.prepare import resolve
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -6,8 +6,8 @@ import struct
 import pytest
 
 from kvik.errors import TokenizerError
-from kvik.models import sentencepieces
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text import sentencepieces
+from kvik.models.text.tokenizer import Tokenizer
 
 # (piece, score, kind); "xy" is likelier than "x" and "y" apart, "<s>" is no text
 PIECES = [

@@ -13,8 +13,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from kvik.errors import TokenizerError
-from kvik.models.template import ChatTemplate
-from kvik.models.tokenizer import TextStream, Tokenizer
+from kvik.models.text.template import ChatTemplate
+from kvik.models.text.tokenizer import TextStream, Tokenizer
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}"

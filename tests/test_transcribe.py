@@ -113,7 +113,7 @@ def test_real_weights_give_transformers_tokens(real):
             decoder_ffn_dim=1536, encoder_attention_heads=6, decoder_attention_heads=6,
         )
     ).eval()  # fmt: skip
-    loaded = kvik.models.prepare.load(kvik.models.prepare.resolve("whisper-tiny.en"))
+    loaded = kvik.models.files.prepare.load(kvik.models.files.prepare.resolve("whisper-tiny.en"))
     tensors = {name: tensor.float() for name, tensor in loaded.tensors.items() if not name.endswith("k_proj.bias")}
     missing = theirs.load_state_dict(tensors, strict=False)
     assert missing.missing_keys == ["proj_out.weight"] and not missing.unexpected_keys

@@ -13,9 +13,9 @@ from kvik.engine.beams import beams
 from kvik.engine.sources import asked
 from kvik.engine.translation import BATCH, translate, translate_again
 from kvik.errors import UsageError
-from kvik.models.folder import file_sha256
+from kvik.models.files.folder import file_sha256
+from kvik.models.files.prepare import DATES_FOLDER
 from kvik.models.model import load
-from kvik.models.prepare import DATES_FOLDER
 from kvik.train.examination import examine
 from readers import drawn, ours, tokens
 from test_cli import in_process

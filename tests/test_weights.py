@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kvik.errors import ConfigError, KvikError, WeightsError
 from kvik.models import families
-from kvik.models.weights import check, read_gguf, read_safetensors
+from kvik.models.files.weights import check, read_gguf, read_safetensors
 from kvik.ops.grouped import GroupQuantized
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, FFN, VOCAB = 2, 64, 4, 2, 96, 300

@@ -5,7 +5,7 @@ import tempfile
 import torch
 import transformers as hf
 
-from kvik.models import folder
+from kvik.models.files import folder
 from kvik.models.model import Model
 
 VOCAB = 157

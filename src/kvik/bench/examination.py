@@ -31,7 +31,7 @@ from kvik.bench.machine import (
 from kvik.bench.processor import processor, stolen
 from kvik.bench.spread import spread
 from kvik.errors import WeightsError
-from kvik.models.prepare import home_path, prepared
+from kvik.models.files.prepare import home_path, prepared
 from kvik.ops import loader
 from kvik.ops.backend import backend
 from kvik.ops.linear import FORMATS, Format, Linear, row_multiple

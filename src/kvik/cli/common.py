@@ -155,7 +155,7 @@ def load_model(
         loaded: Model
         if backend == "transformers":
             from kvik.hf.model import load as load_theirs
-            from kvik.models.prepare import resolve
+            from kvik.models.files.prepare import resolve
 
             loaded = load_theirs(resolve(model, show), weights=weights, device=device)  # type: ignore[arg-type]
         else:

@@ -53,7 +53,7 @@ def dates(
 
     given = {} if steps is None else {"steps": steps}
     recipe = Recipe(minutes=minutes, seed=seed, **given)
-    from kvik.models.prepare import home, home_path
+    from kvik.models.files.prepare import home, home_path
     from kvik.train.checkpoint import check_folder, write
     from kvik.train.examination import examine
     from kvik.train.phrases import LANGUAGES

@@ -42,7 +42,7 @@ def lm(
     ] = False,
     named: Annotated[
         str | None,
-        typer.Option("--like", help="Sizes of a well-known model, such as gpt2, translution-tiny or bert-base."),
+        typer.Option("--like", help="Sizes of a well-known model, such as translution-tiny; see docs/translution.md."),
     ] = None,
     out: OutOption = None,
     steps: StepsOption = 1000,
@@ -125,7 +125,7 @@ def images(
 
 
 def _folder(out: Path | None, name: str) -> Path:
-    from kvik.models.prepare import home, home_path
+    from kvik.models.files.prepare import home, home_path
 
     if out is not None:
         return out

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from kvik.engine.generation import source_ids
 from kvik.errors import ContextError, UsageError
 from kvik.models.model import Model
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 
 CODES = {"zh": ("zho", "cmn_Hans", "zh"), "ko": ("kor", "ko")}  # what models call these languages, between >> and <<
 _UNKNOWN = "<unk>"

@@ -31,7 +31,7 @@ from kvik.eval.ledger import Ledger
 from kvik.eval.measures import log_probabilities
 from kvik.eval.oracle import Future
 from kvik.models.model import Model
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 
 Kind = Literal["passkey", "keys"]
 KINDS: tuple[Kind, ...] = ("passkey", "keys")

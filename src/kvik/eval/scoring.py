@@ -26,7 +26,7 @@ from kvik.errors import UsageError
 from kvik.eval.caches import forced
 from kvik.eval.measures import log_probabilities
 from kvik.models.model import Model
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 
 Pair = tuple[list[int], list[int]]
 

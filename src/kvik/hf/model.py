@@ -25,10 +25,10 @@ from kvik.errors import KvikError, ModelError, UsageError
 from kvik.hf.decoder import TransformersDecoder
 from kvik.hf.fingerprint import fingerprint
 from kvik.models.config import Config
-from kvik.models.folder import read_json
+from kvik.models.files.folder import read_json
 from kvik.models.in_transformers import in_transformers
 from kvik.models.model import Model, Weights
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 from kvik.ops.linear import Format
 
 _HELD: dict[torch.dtype, Format] = {torch.float32: "f32", torch.bfloat16: "bf16"}

@@ -24,9 +24,9 @@ from torch import Tensor
 from kvik.cache.centres import Centres
 from kvik.cache.weigh import turned, turns
 from kvik.errors import StorageError, UsageError, WeightsError
-from kvik.models.prepare import Progress, home, home_path, quiet
+from kvik.models.files.prepare import Progress, home, home_path, quiet
+from kvik.models.files.weights import read_file
 from kvik.models.watch import Chunk, Watch
-from kvik.models.weights import read_file
 from kvik.ops.reads import Partial
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kvik.errors import ModelError
-from kvik.models import prepare
-from kvik.models.llama import LlamaConfig
-from kvik.models.tokenizer import Tokenizer
-from kvik.models.whisper import WhisperConfig
+from kvik.models.families.llama import LlamaConfig
+from kvik.models.families.whisper import WhisperConfig
+from kvik.models.files import prepare
+from kvik.models.text.tokenizer import Tokenizer
 from kvik.ops.grouped import GroupQuantized
 
 

@@ -22,10 +22,10 @@ from kvik.models.config import Config
 from kvik.models.decoder import Decoder, Encoder, Reader
 from kvik.models.embedding import Pooling
 from kvik.models.encoding import EncoderConfig
-from kvik.models.masked import MASK, Masked, MaskedConfig
+from kvik.models.families.masked import MASK, Masked, MaskedConfig
 from kvik.models.parts import Source, arithmetic, multiplied, nbytes
 from kvik.models.reading import ReaderConfig
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 from kvik.models.watch import Chunk
 from kvik.ops.grouped import GroupQuantized
 from kvik.ops.linear import FORMATS, Format
@@ -340,7 +340,8 @@ def load(
     Raises:
         ModelError, StorageError, UsageError: see `kvik.errors`.
     """
-    from kvik.models import centres, embedding, prepare
+    from kvik.models import centres, embedding
+    from kvik.models.files import prepare
 
     _check_weights(weights)
     check_device(device)

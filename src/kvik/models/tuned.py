@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvik.errors import SpecError, StorageError
-from kvik.models.prepare import home, home_path
+from kvik.models.files.prepare import home, home_path
 
 _FORMAT = "tuned-1"
 

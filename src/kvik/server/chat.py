@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 from kvik.server import tools
 from kvik.server.answers import Head, shown, usage, with_usage
 from kvik.server.bodies import ChatBody, Tool

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from kvik.engine.job import Update
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 from kvik.server.answers import Head, shown, usage, with_usage
 from kvik.server.bodies import CompletionBody
 from kvik.server.desk import Asked

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvik.errors import TokenizerError
 from kvik.models.model import Model
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 from kvik.server.bodies import CompletionBody, Message, Tool
 from kvik.server.problems import ProblemError, wrong
 

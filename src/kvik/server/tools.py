@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 from kvik.server.bodies import ChatBody, Tool, ToolChoice
 from kvik.server.problems import ProblemError, wrong
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kvik.errors import StorageError, UsageError
-from kvik.models.gpt import GPTConfig
-from kvik.models.masked import MASK, MaskedConfig
+from kvik.models.families.gpt import GPTConfig
+from kvik.models.families.masked import MASK, MaskedConfig
+from kvik.models.families.vit import ViTConfig
 from kvik.models.model import check_device
-from kvik.models.vit import ViTConfig
 from kvik.train import pictures, tasks, text
 from kvik.train.checkpoint import NOTE, check_folder, replace_folder
 from kvik.train.loop import Loop, Now, Schedule, named

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kvik.errors import StorageError, UsageError
-from kvik.models.weights import read_file
+from kvik.models.files.weights import read_file
 
 MOST_STEPS, MOST_BATCH = 10**8, 4096
 WARM = 0.05  # of the steps, in which the rate rises

@@ -5,17 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kvik.models.gpt import GPTConfig
-from kvik.models.masked import MaskedConfig
+from kvik.models.families.gpt import GPTConfig
+from kvik.models.families.masked import MaskedConfig
+from kvik.models.families.vit import ViTConfig
 from kvik.models.operators import Operator, SelfAttention
-from kvik.models.vit import ViTConfig
 from kvik.ops.pointwise import gelu_tanh
 
 SPREAD = 0.02  # of newly drawn embeddings, as in GPT-2
 
 
 class GPT(nn.Module):
-    """`models/gpt.py`'s decoder, or `models/masked.py`'s encoder: the same blocks over texts seen from both sides.
+    """The decoder of `models/families/gpt.py`, or the encoder of `masked.py` beside it: the same blocks over texts that
+    are seen from both sides.
 
     Attributes:
         config: its sizes.
@@ -89,7 +90,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """`models/vit.py`'s encoder with an operator of choice, and a head over the class token's last state."""
+    """`models/families/vit.py`'s encoder with an operator of choice, and a head over the class token's last state."""
 
     def __init__(self, config: ViTConfig, classes: int) -> None:
         super().__init__()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kvik.models import families
+from kvik.models.files.weights import check
 from kvik.models.model import Model
-from kvik.models.weights import check
 from kvik.train.examination import Exam, examine
 from kvik.train.phrases import LANGUAGES, Item, draw
 from kvik.train.recipe import Recipe

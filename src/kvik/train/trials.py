@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvik.models.gpt import GPTConfig
-from kvik.models.masked import MaskedConfig
+from kvik.models.families.gpt import GPTConfig
+from kvik.models.families.masked import MaskedConfig
+from kvik.models.families.vit import ViTConfig
+from kvik.models.files.weights import check
 from kvik.models.model import Model
 from kvik.models.operators import Cost, Form, grid
-from kvik.models.vit import ViTConfig
-from kvik.models.weights import check
 from kvik.train import tasks
 from kvik.train.loop import Batch, Loop, Schedule, named
 from kvik.train.network import GPT, ViT, parameters

@@ -1,5 +1,5 @@
-"""What networks with an operator of choice share, be they causal (`models/gpt.py`) or not (`models/masked.py`): their
-sizes, and a layer from its weights.
+"""What networks with an operator of choice share, be they causal (`families/gpt.py`) or not (`families/masked.py`):
+their sizes, and a layer from its weights.
 
 x = x + W_o operator(n)                             n = layernorm(x)
 x = x + W_down gelu(W_up n)                         n = layernorm(x)

@@ -11,12 +11,12 @@ from kvik.units import format_bytes, format_count
 
 
 def decoder(c: Config) -> ModelShape:
-    """See `models/gpt.py`."""
+    """See `models/families/gpt.py`."""
     return _shape(c, causal=True)
 
 
 def encoder(c: Config) -> ModelShape:
-    """See `models/masked.py`: it keeps nothing."""
+    """See `models/families/masked.py`: it keeps nothing."""
     return replace(_shape(c, causal=False), layers=(), kv_parameters=None, notes=(f"no cache: {ENCODER_ONLY}",))
 
 

@@ -1,5 +1,5 @@
 """An encoder with an operator of choice, for hidden tokens (masked language modelling, arXiv:1810.04805): the layers of
-`models/gpt.py`, but each token sees both sides. `kvik train lm --masked` makes such models.
+`models/families/gpt.py`, but each token sees both sides. `kvik train lm --masked` makes such models.
 
 As every encoder it keeps nothing: one more token changes all earlier states.
 """

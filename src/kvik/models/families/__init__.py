@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kvik.models import bart, bert, deepseek, gemma, gpt, gpt2, llama, masked, opt, qwen, t5, vit, whisper
 from kvik.models.config import Config
 from kvik.models.decoder import Decoder, Encoder
+from kvik.models.families import bart, bert, deepseek, gemma, gpt, gpt2, llama, masked, opt, qwen, t5, vit, whisper
 from kvik.models.fields import Fields
 from kvik.models.parts import Source
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from kvik.models.config import windows_of
 from kvik.models.decoder import narrowed
+from kvik.models.families.llama import Llama, LlamaConfig, parts, read_sizes
 from kvik.models.fields import Fields
 from kvik.models.layer import Layer
-from kvik.models.llama import Llama, LlamaConfig, parts, read_sizes
 from kvik.models.parts import Rotation, Source
 from kvik.models.rope import Rope
 from kvik.models.watch import Chunk

@@ -1,4 +1,4 @@
-"""Files of several makers become kvik's prepared folder; see `models/folder.py`."""
+"""Files of several makers become kvik's prepared folder; see `models/files/folder.py`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kvik.models import ctranslate2, embedding
+from kvik.models import embedding
 from kvik.models.families import from_gguf, from_hf
-from kvik.models.folder import load, read_json, write_prepared
-from kvik.models.gguf_tokenizer import write_tokenizer
-from kvik.models.tokenizer import Tokenizer
-from kvik.models.weights import check, read_gguf
+from kvik.models.files import ctranslate2
+from kvik.models.files.folder import load, read_json, write_prepared
+from kvik.models.files.weights import check, read_gguf
+from kvik.models.text.gguf_tokenizer import write_tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 
 Tell = Callable[[str], None]  # what happens now
 

@@ -20,17 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvik.errors import StorageError, UsageError, WeightsError
-from kvik.models.convert import Tell, convert_gguf
 from kvik.models.fields import brief
-from kvik.models.folder import FORMAT, Loaded, file_sha256, load, makers_name
-from kvik.models.wheels import BUILT_IN, fetch
+from kvik.models.files.convert import Tell, convert_gguf
+from kvik.models.files.folder import FORMAT, Loaded, file_sha256, load, makers_name
+from kvik.models.files.wheels import BUILT_IN, fetch
 
 __all__ = ["BUILT_IN", "Loaded", "Prepared", "Progress", "home", "home_path", "load", "prepared", "quiet", "resolve"]
 
 Progress = Callable[[str, int, int], None]  # (what happens now, steps done, steps in all)
 
 DATES = "dates"  # the translator that `kvik train dates` made: it comes with the package
-DATES_FOLDER = Path(__file__).parent / "dates"
+DATES_FOLDER = Path(__file__).parent.parent / "dates"
 _STEPS = 5
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kvik.errors import TokenizerError, WeightsError
 from kvik.models.fields import Fields, brief
-from kvik.models.tokenizer import Tokenizer
+from kvik.models.text.tokenizer import Tokenizer
 
 VERSION = 6
 _MOST_AXES = 8

@@ -20,7 +20,7 @@ from kvik.errors import ConfigError, WeightsError
 from kvik.models.config import Config
 from kvik.models.families import from_hf, from_json
 from kvik.models.fields import brief
-from kvik.models.weights import Weight, check, read_file, read_safetensors, safetensors_files
+from kvik.models.files.weights import Weight, check, read_file, read_safetensors, safetensors_files
 from kvik.ops.grouped import GroupQuantized
 
 FORMAT = 2  # of a prepared folder

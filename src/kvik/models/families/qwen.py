@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvik.models.config import MOST_ROWS, gguf_common, gguf_tensors, windows_of
+from kvik.models.families.llama import Llama, LlamaConfig, parts, read_sizes
 from kvik.models.fields import Fields
 from kvik.models.layer import Layer
-from kvik.models.llama import Llama, LlamaConfig, parts, read_sizes
 from kvik.models.parts import Source
 from kvik.models.rope import Rope
 from kvik.ops.pointwise import RMSNorm

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvik.errors import TokenizerError
-from kvik.models import sentencepieces
-from kvik.models.spelling import Spelling
-from kvik.models.template import ChatTemplate
+from kvik.models.text import sentencepieces
+from kvik.models.text.spelling import Spelling
+from kvik.models.text.template import ChatTemplate
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from kvik.errors import StorageError
-from kvik.models.convert import Tell, convert_ctranslate2, convert_folder, convert_gguf
-from kvik.models.folder import MINILM_SHA256, SMOLLM2_SHA256, file_sha256
+from kvik.models.files.convert import Tell, convert_ctranslate2, convert_folder, convert_gguf
+from kvik.models.files.folder import MINILM_SHA256, SMOLLM2_SHA256, file_sha256
 
 DEFAULT = "smollm2"
 

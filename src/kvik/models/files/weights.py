@@ -16,7 +16,7 @@ from torch import Tensor
 from kvik.errors import WeightsError
 from kvik.models.config import Config
 from kvik.models.fields import brief
-from kvik.models.gguf import Weight, read_gguf
+from kvik.models.files.gguf import Weight, read_gguf
 
 __all__ = ["Weight", "check", "read_gguf", "read_safetensors", "safetensors_files"]
 

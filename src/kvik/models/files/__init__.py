@@ -1,0 +1,1 @@
+"""How models lie on a disk: found, read, converted, kept."""

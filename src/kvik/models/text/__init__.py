@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizers, how single tokens are spelled, chat templates."""
