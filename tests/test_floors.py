@@ -22,6 +22,7 @@ FLOORS = (
     {"plan", "trace", "bench", "hf", "eval", "fuzz", "train"},
     {"server", "chat", "cli"},
 )
+ROOMS = ("text", "shapes", "operators", "families", "files", "model")  # of models: each knows none behind it
 EXEMPT = {"__init__", "__main__"}  # they name what they offer; everything behind it is loaded when it is used
 FILES = sorted(SOURCE.rglob("*.py"))
 
@@ -51,8 +52,8 @@ def imported(tree):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are written out: from kvik.cache import …"
             names = [node.module]
-            if node.module == "kvik":
-                names = [f"kvik.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
+            if node.module in ("kvik", "kvik.models"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
         else:
             continue
         yield from (name.removeprefix("kvik.") for name in names if name.startswith("kvik."))
@@ -64,6 +65,14 @@ def check_floor(module, tree):
         if mine is not None:
             assert floor(name) is not None, f"{module} imports {name}"
             assert floor(name) <= mine, f"{module} imports {name}, from a floor above"
+
+
+@pytest.mark.parametrize("number", range(len(ROOMS)))
+def test_a_room_of_models_knows_none_behind_it(number):
+    behind = {f"models.{room}" for room in ROOMS[number + 1 :]}
+    for path in sorted((SOURCE / "models" / ROOMS[number]).rglob("*.py")):
+        for name in imported(ast.parse(path.read_text())):
+            assert ".".join(name.split(".")[:2]) not in behind, f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
