@@ -25,7 +25,7 @@ from kvik.models.files.prepare import home, load, resolve
 from kvik.models.files.weights import read_gguf
 from kvik.models.text.tokenizer import Tokenizer
 from kvik.ops.grouped import GroupQuantized
-from test_weights import alphabet, llama, write_gguf
+from test_gguf_weights import alphabet, llama, write_gguf
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
