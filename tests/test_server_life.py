@@ -103,7 +103,7 @@ def test_a_client_that_stops_reading_stops_nobody_else(model):
 
 
 def test_a_client_that_stops_reading_is_left_when_its_time_is_over(model, caplog):
-    with serving(model, send_buffer=4096, limits=Limits(seconds=0.5)) as server:
+    with serving(model, send_buffer=4096, limits=Limits(seconds=1.5)) as server:
         with server.raw(STUCK, buffer=4096) as sock:
             until(lambda: server.desk.busy == 1)
             until(lambda: not server.desk.busy)

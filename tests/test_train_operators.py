@@ -153,6 +153,8 @@ def test_texts_are_cut_into_bytes_or_learnt_pieces(tmp_path):
     source.write_text("Ein schöner Tag. " * 400, encoding="utf-8")
     by_bytes, by_pieces = text.read(str(source)), text.read(str(source), "300")
     assert by_bytes.vocabulary == 256 and by_pieces.vocabulary <= 300
+    whole = source.read_text(encoding="utf-8")
+    assert by_bytes.learnt.tolist() + by_bytes.held.tolist() == by_bytes.tokenizer.encode(whole).ids
     assert len(by_bytes.held) == by_bytes.held_bytes > 3 * len(by_pieces.held)
     assert by_pieces.tokenizer.decode(by_pieces.held.tolist()) == by_bytes.tokenizer.decode(by_bytes.held.tolist())
     (tmp_path / "latin").write_bytes(b"sch\xf6n" * 900)
@@ -174,6 +176,9 @@ def test_moving_digits_are_shown_where_none_was_learnt():
     assert (near[:, :, 12:].sum(), near[:, :, :, 12:].sum()) == (0, 0)
     assert (far[:, :, :5].sum(), far[:, :, :, :5].sum()) == (0, 0)
     assert torch.equal(near.sum((1, 2, 3)), far.sum((1, 2, 3)))
+    one = pictures.placed(near[:2, :, 4:12, 4:12], torch.tensor([[0, 8], [3, 5]]))
+    assert torch.equal(one[0, :, :8, 8:], near[0, :, 4:12, 4:12])
+    assert torch.equal(one[1, :, 3:11, 5:13], near[1, :, 4:12, 4:12])
 
 
 def test_hidden_tokens_are_asked_for_and_no_others():
@@ -190,7 +195,7 @@ def test_a_comparison_is_fair_and_goes_on(tmp_path):
         if question.part == "text" and question.equal == "operations" and "bucketed" not in question.label:
             assert 0.4 < question.trial.operations / base.operations < 1.6, question.label
     corpus, path = text.read("topics"), tmp_path / "results.jsonl"
-    some = [q for q in asked if q.trial.schedule.seed == 0][::4]
+    some = [q for q in asked if q.trial.schedule.seed == 0][::7]
     shown = []
     known = compare.answer(some, corpus, path, lambda number, count, question: shown.append(question))
     assert len(known) == len(shown) == len({q.trial.key(corpus.digest) for q in some})

@@ -69,8 +69,8 @@ def moving(seed: int = 0) -> Pictures:
 def placed(pictures: Tensor, places: Tensor) -> Tensor:
     """Digits [n, 1, 8, 8] at places int64 [n, 2] of empty pictures [n, 1, 16, 16]."""
     field = pictures.new_zeros((len(pictures), 1, FIELD, FIELD))
-    for picture, one, (down, right) in zip(field, pictures, places.tolist(), strict=True):
-        picture[:, down : down + SIDE, right : right + SIDE] = one
+    rows, columns = (places[:, axis, None] + torch.arange(SIDE) for axis in (0, 1))
+    field[torch.arange(len(pictures))[:, None, None], 0, rows[:, :, None], columns[:, None, :]] = pictures[:, 0]
     return field
 
 
