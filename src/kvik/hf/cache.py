@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import weakref
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ import transformers
 from torch import Tensor, nn
 
 from kvik.cache.cache import Cache as Pages
-from kvik.cache.spec import Bytes, Spec
 from kvik.errors import SequenceError
 from kvik.hf import files
 from kvik.hf.attachment import Attachment
@@ -20,12 +18,13 @@ from kvik.hf.batch import Batch
 from kvik.hf.chunk import same_rows
 from kvik.hf.compat import CROP_KEEPS, to_remove
 from kvik.hf.finding import Found
+from kvik.hf.holder import Holder
 from kvik.hf.layers import layers_of
 from kvik.hf.pieces import Pieces, by_pieces
 from kvik.hf.report import describe
 
 
-class TextCache(transformers.Cache):  # type: ignore[misc]  # transformers has no types
+class TextCache(Holder, transformers.Cache):  # type: ignore[misc]  # transformers has no types
     """Keys and values of one batch, as a kvik spec keeps them; give it to `generate(past_key_values=…)`.
 
     Made by `kvik.hf.Cache` and `kvik.hf.PrefixCache.open`.
@@ -180,16 +179,6 @@ class TextCache(transformers.Cache):  # type: ignore[misc]  # transformers has n
         return len(self.batch.sequences) or -1
 
     @property
-    def nbytes(self) -> Bytes:
-        """Bytes held: rows, and everything around them."""
-        return self.pages.nbytes
-
-    @property
-    def spec(self) -> Spec:
-        """What is kept."""
-        return self.pages.spec
-
-    @property
     def max_cache_len(self) -> int:
         """-1: it grows until its memory is full."""
         return -1
@@ -197,18 +186,6 @@ class TextCache(transformers.Cache):  # type: ignore[misc]  # transformers has n
     def describe(self) -> str:
         """What is kept, where attention reads it and why, and what it takes."""
         return describe(self.found, self.batch)
-
-    def __enter__(self) -> TextCache:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __bool__(self) -> bool:
-        """True, whatever it holds: `if cache:` asks whether there is one."""
-        return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TextCache:
         """Another cache with the same past, which shares its pages."""

@@ -8,22 +8,21 @@ with prefixes.open(**inputs) as cache:                       # knows whatever wa
 from __future__ import annotations
 
 import weakref
-from types import TracebackType
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvik import events
-from kvik.cache.spec import Bytes, Spec
 from kvik.errors import ModelError, SequenceError
 from kvik.hf.cache import TextCache
 from kvik.hf.fingerprint import fingerprint
+from kvik.hf.holder import Holder
 from kvik.hf.opening import made, opened
 from kvik.units import format_bytes
 
 
-class PrefixCache:
+class PrefixCache(Holder):
     """Pages of one model, found again by the tokens that they were made of. Full pages are shared, others copied when
     one of their users writes; the least recently used leave first when the memory is full.
 
@@ -93,16 +92,6 @@ class PrefixCache:
         """Takes no more; caches that are open go on. Idempotent."""
         self._finish()
 
-    @property
-    def spec(self) -> Spec:
-        """What is kept."""
-        return self.pages.spec
-
-    @property
-    def nbytes(self) -> Bytes:
-        """Bytes held, each page once."""
-        return self.pages.nbytes
-
     def describe(self) -> str:
         """What is kept and was found."""
         held, books = self.nbytes, self.pages.books
@@ -113,14 +102,6 @@ class PrefixCache:
             f"pages      {books.in_use} in use, {books.kept} kept to be found, {self.evicted} dropped for room",
             f"bytes      {format_bytes(held.payload + held.overhead)} of {format_bytes(self.pages.budget)}",
         ])  # fmt: skip
-
-    def __enter__(self) -> PrefixCache:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec}, {len(self.pages.index)} blocks)"

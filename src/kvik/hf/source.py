@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from transformers.cache_utils import CacheLayerMixin
 from kvik.cache.cache import Cache as Pages
 from kvik.cache.shape import LayerShape
 from kvik.cache.source import Filling
-from kvik.cache.spec import Bytes, Spec
 from kvik.errors import SequenceError, StorageError
 from kvik.hf import files
 from kvik.hf.attachment import Attachment
@@ -34,6 +32,7 @@ from kvik.hf.chunk import Bools, Chunk, Query, same_rows
 from kvik.hf.dense import source_length, source_rows
 from kvik.hf.finding import Found
 from kvik.hf.handle import Handle
+from kvik.hf.holder import Holder
 from kvik.hf.pieces import Pieces
 
 
@@ -142,10 +141,6 @@ class Sources(transformers.Cache):  # type: ignore[misc]
         """Columns of the encoder."""
         return self.real.shape[1] if len(self.real) else 0
 
-    def __bool__(self) -> bool:
-        """True: there is one."""
-        return True
-
 
 class SourceLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's view of the sources."""
@@ -218,7 +213,7 @@ class SourceLayer(CacheLayerMixin):  # type: ignore[misc]
         return source_rows(rows, layer, sources.real, found.dtype)[which]
 
 
-class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
+class ReaderCache(Holder, transformers.EncoderDecoderCache):  # type: ignore[misc]
     """What `kvik.hf.Cache(model)` is where the model reads a source: see there for its arguments."""
 
     def __init__(self, attachment: Attachment, found: Found, pages: Pages) -> None:
@@ -299,28 +294,10 @@ class ReaderCache(transformers.EncoderDecoderCache):  # type: ignore[misc]
         self.self_attention_cache.closed = True
         self._finish()
 
-    @property
-    def nbytes(self) -> Bytes:
-        """Bytes held: rows, and everything around them."""
-        return self.pages.nbytes
-
-    @property
-    def spec(self) -> Spec:
-        """What is kept."""
-        return self.pages.spec
-
     def describe(self) -> str:
         """See `TextCache.describe`."""
         text: str = self.self_attention_cache.describe()
         return text
-
-    def __enter__(self) -> ReaderCache:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __bool__(self) -> bool:
         """True: there is one."""
