@@ -41,7 +41,7 @@ def test_no_request_of_the_schema_is_answered_by_5xx(server):
         found.add(operation.label)
         modes, posts = schemathesis.GenerationMode, operation.method.upper() == "POST"
         for mode in (modes.POSITIVE, modes.NEGATIVE) if posts else (modes.POSITIVE,):
-            try_out(server, operation, mode, 15 if posts else 3)
+            try_out(server, operation, mode, 8 if posts else 3)
     assert found == OPERATIONS
 
 
@@ -84,7 +84,7 @@ def try_out(server, operation, mode, examples):
     ),
     st.sampled_from(["a", "", ["a", "b"], [1, 2], [[1], [2, 3]], [[-1]], [300], "é" * 70]),
 )  # fmt: skip
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
 def test_no_mix_of_fields_is_answered_by_5xx(server, fields, prompt):
     status, _, answer = server.send("/v1/completions", {"max_tokens": 4, **fields, "prompt": prompt})
     assert status in (200, 400), (status, answer)

@@ -225,7 +225,7 @@ def stored_rows(layout, tokens, positions):
     return {name: unrotated(layout, name, x) for name, x in decode(layout, packed).items()}
 
 
-def run_machine(kv, examples=25, phases=tuple(Phase)):
+def run_machine(kv, examples=15, phases=tuple(Phase)):
     machine = type("Chosen", (Machine,), {"kv": kv})
     quiet = list(HealthCheck)
     run = settings(
