@@ -128,6 +128,14 @@ def test_plan_without_a_model_says_what_to_give(kvik_here):
     check_refusal(kvik_here("plan"), ["kvik plan smollm2", "--list"])
 
 
+@pytest.mark.parametrize(("words", "named"), [((), "\n  chat "), (("bench",), "\n  speed "), (("train",), "\n  lm ")])
+def test_a_group_by_itself_shows_its_help_line_by_line(words, named, monkeypatch, capsys):
+    assert in_process(monkeypatch, *words) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("Usage: kvik") and named in told.err
+    assert in_process(monkeypatch, *words, "ben") == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.weights
 def test_run_streams_an_answer_and_its_facts():
     command = [sys.executable, "-m", "kvik.cli", "run", "--max-tokens", "16", "What is the capital of Japan?"]

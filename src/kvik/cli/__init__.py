@@ -72,7 +72,11 @@ def main() -> None:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # not every kind of wrong option has one
         where = "kvik" if context is None else context.command_path
-        code = _complain(f"{error.format_message()}; see '{where} --help'")
+        if context is not None and error.format_message() == context.get_help():  # a group by itself
+            print(context.get_help(), file=sys.stderr)
+            code = 2
+        else:
+            code = _complain(f"{error.format_message().rstrip('.')}; see '{where} --help'")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone
