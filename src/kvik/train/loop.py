@@ -157,7 +157,7 @@ class Loop:
         """All that a training needs to go on, in one file, complete or not there at all.
 
         Args:
-            what: names model, data and schedule; `resume` compares it.
+            what: model, data and schedule, as `settings` writes them; `resume` compares it.
 
         Raises:
             StorageError: it can't be written; what was there before stays.
@@ -191,7 +191,8 @@ class Loop:
             head = json.loads(metadata["kvik"])
             if head["what"] != what:
                 raise StorageError(
-                    f"{path}: is of a training with other settings or another text; delete it, or repeat those"
+                    f"{path}: is of a training with other settings ({', '.join(_others(head['what'], what))}); repeat "
+                    "those, or name another folder"
                 )
             network = {n.removeprefix("network."): x for n, x in tensors.items() if n.startswith("network.")}
             self.network.load_state_dict(network)
@@ -206,6 +207,20 @@ class Loop:
             raise StorageError(f"{path}: is no training that can go on; delete it and begin again") from None
 
 
+def settings(**parts: object) -> str:
+    """All that a training depends on, as JSON."""
+    return json.dumps(parts, sort_keys=True, default=str)
+
+
 def named(**parts: object) -> str:
     """A digest of all that a training depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(settings(**parts).encode()).hexdigest()
+
+
+def _others(kept: str, given: str) -> list[str]:
+    """Settings that differ, in words: those of the file first."""
+    there, here = ({**each.pop("schedule"), **each} for each in (json.loads(kept), json.loads(given)))
+    names = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
+    return [
+        "another text" if name == "text" else f"{name} {there.get(name)} there, {here.get(name)} here" for name in names
+    ]
