@@ -68,6 +68,8 @@ def broken(tmp_path):
     save_file({"something.else": torch.zeros(3, 3)}, foreign / "model.safetensors")
     half = tmp_path / "half"
     LlamaForCausalLM(config).save_pretrained(half)
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "config.json").write_text('{"model_type": "frob"}')
     weights = half / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     (tmp_path / "locked").write_text("a file where the home folder should be")
@@ -79,6 +81,10 @@ REFUSED = {
     "foreign safetensors": (["--model", "{}/foreign"], ["something.else", "model.embed_tokens.weight"]),
     "truncated safetensors": (["--model", "{}/half"], ["model.safetensors"]),
     "no such model": (["--model", "{}/nothing-here"], ["nothing-here", "smollm2"]),
+    "misspelled model": (["--model", "SmolLM"], ["'SmolLM' is no model", "did you mean smollm2?"]),
+    "sizes alone": (["--model", "GPT-2"], ["'GPT-2' is no model", "'kvik plan' knows its sizes, not its weights"]),
+    "a file of the folder": (["--model", "{}/half/config.json"], ["config.json", "give its folder", "/half; or"]),
+    "another family": (["--model", "{}/another"], ["'frob'", "--backend transformers"]),
     "wrong codec": (["--kv", "int5"], ["int5", "int8"]),
     "wrong retention": (["--kv", "int8+windw:9"], ["windw:9", "window:1024"]),
     "wrong weights": (["--weights", "int3"], ["int3", "int4"]),

@@ -266,6 +266,9 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert in_process(monkeypatch, *arguments) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["steps"] == 2 and f"kvik run --raw -m {out}" in told.err
+    for command in (("bench", "cache"), ("bench", "speed"), ("trace", "The", "--layer", 9)):
+        assert in_process(monkeypatch, *command, "-m", out) == 2  # whatever else is wrong, this can't be mended
+        assert "speaks of attention" in capsys.readouterr().err
     arguments = ("train", "images", "moving", "--operator", "translution:v", "--out", tmp_path / "vit", *small)
     assert in_process(monkeypatch, *arguments) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["accuracy_shifted"] <= 1

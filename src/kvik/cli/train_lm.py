@@ -47,7 +47,7 @@ def lm(
     ] = False,
     named: Annotated[
         str | None,
-        typer.Option("--like", help="Sizes of a well-known model, such as gpt2, translution-tiny or bert-base."),
+        typer.Option("--like", help="Sizes of a well-known model, such as gpt-base, translution-tiny or minilm."),
     ] = None,
     out: OutOption = None,
     steps: StepsOption = 1000,
