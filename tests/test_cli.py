@@ -142,6 +142,21 @@ def test_a_group_by_itself_shows_its_help_line_by_line(words, named, monkeypatch
     assert in_process(monkeypatch, *words, "ben") == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_memory_that_ran_out_is_one_line_and_other_faults_are_ours(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError(why)
+
+    monkeypatch.setattr("kvik.plan.run_plan", fail)
+    why = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"
+    assert in_process(monkeypatch, "plan", "gpt2") == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB.); use" in told
+    why = "a shape is wrong"
+    monkeypatch.setattr(sys, "argv", ["kvik", "plan", "gpt2"])
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        kvik.cli.main()
+
+
 @pytest.mark.weights
 def test_run_streams_an_answer_and_its_facts():
     command = [sys.executable, "-m", "kvik.cli", "run", "--max-tokens", "16", "What is the capital of Japan?"]

@@ -113,6 +113,11 @@ def test_a_stopped_training_goes_on_as_if_it_never_had_been(what, tmp_path):
     other = replace(given, width=32, schedule=Schedule(7, 4, seed=3))
     with pytest.raises(StorageError, match=r"\(steps 6 there, 7 here, width 16 there, 32 here\); repeat those"):
         learn(other, tmp_path / "half", True, quiet, never)
+    state = (tmp_path / "half.unfinished.safetensors").read_bytes()
+    (tmp_path / "half.unfinished.safetensors").write_bytes(state[:500])
+    with pytest.raises(StorageError, match="no training that can go on; delete it"):
+        learn(given, tmp_path / "half", True, quiet, never)
+    (tmp_path / "half.unfinished.safetensors").write_bytes(state)
     done = learn(given, tmp_path / "half", True, quiet, never)
     assert done.steps == 6 and done.figures == whole.figures
     both = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "half")]

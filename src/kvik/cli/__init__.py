@@ -84,6 +84,11 @@ def main() -> None:
         code = 1
     except (OSError, UnicodeError, MemoryError) as error:
         code = _complain(f"{type(error).__name__}: {error}")
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):  # torch's, of any device
+            raise
+        why = str(error).strip().splitlines()[0][:200]
+        code = _complain(f"memory ran out ({why}); use a smaller model, batch or length, or fewer bits")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kvik.errors import StorageError, UsageError
+from kvik.errors import StorageError, UsageError, WeightsError
 from kvik.models.weights import read_file
 
 MOST_STEPS, MOST_BATCH = 10**8, 4096
@@ -183,11 +183,10 @@ class Loop:
         """Goes back to where a file was kept.
 
         Raises:
-            StorageError: it is of another training.
-            WeightsError: it is damaged.
+            StorageError: it is of another training, or damaged.
         """
-        tensors, metadata = read_file(path)
         try:
+            tensors, metadata = read_file(path)
             head = json.loads(metadata["kvik"])
             if head["what"] != what:
                 raise StorageError(
@@ -203,7 +202,7 @@ class Loop:
                     state.setdefault(int(number), {})[part] = tensor.clone()
             self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
             self.steps, self.seconds, self.losses = int(head["steps"]), float(head["seconds"]), list(head["losses"])
-        except (KeyError, ValueError, TypeError, RuntimeError):
+        except (KeyError, ValueError, TypeError, RuntimeError, WeightsError):
             raise StorageError(f"{path}: is no training that can go on; delete it and begin again") from None
 
 
