@@ -28,6 +28,12 @@ def tiny(window=None, weights="f32"):
     return Model(families.from_hf(theirs.config.to_dict(), None, "tiny"), theirs.state_dict(), weights=weights)
 
 
+def state():
+    """The weights of `tiny`, by name."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).state_dict()
+
+
 def ids(count):
     """Random tokens."""
     return torch.randint(258, (count,), generator=torch.Generator().manual_seed(0)).tolist()

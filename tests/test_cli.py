@@ -68,6 +68,8 @@ def broken(tmp_path):
     save_file({"something.else": torch.zeros(3, 3)}, foreign / "model.safetensors")
     half = tmp_path / "half"
     LlamaForCausalLM(config).save_pretrained(half)
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "config.json").write_text('{"model_type": "frob"}')
     weights = half / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     (tmp_path / "locked").write_text("a file where the home folder should be")
@@ -79,6 +81,10 @@ REFUSED = {
     "foreign safetensors": (["--model", "{}/foreign"], ["something.else", "model.embed_tokens.weight"]),
     "truncated safetensors": (["--model", "{}/half"], ["model.safetensors"]),
     "no such model": (["--model", "{}/nothing-here"], ["nothing-here", "smollm2"]),
+    "misspelled model": (["--model", "SmolLM"], ["'SmolLM' is no model", "did you mean smollm2?"]),
+    "sizes alone": (["--model", "GPT-2"], ["'GPT-2' is no model", "'kvik plan' knows its sizes, not its weights"]),
+    "a file of the folder": (["--model", "{}/half/config.json"], ["config.json", "give its folder", "/half; or"]),
+    "another family": (["--model", "{}/another"], ["'frob'", "--backend transformers"]),
     "wrong codec": (["--kv", "int5"], ["int5", "int8"]),
     "wrong retention": (["--kv", "int8+windw:9"], ["windw:9", "window:1024"]),
     "wrong weights": (["--weights", "int3"], ["int3", "int4"]),
@@ -126,6 +132,29 @@ def test_a_closed_standard_input_is_one_line():
 
 def test_plan_without_a_model_says_what_to_give(kvik_here):
     check_refusal(kvik_here("plan"), ["kvik plan smollm2", "--list"])
+
+
+@pytest.mark.parametrize(("words", "named"), [((), "\n  chat "), (("bench",), "\n  speed "), (("train",), "\n  lm ")])
+def test_a_group_by_itself_shows_its_help_line_by_line(words, named, monkeypatch, capsys):
+    assert in_process(monkeypatch, *words) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.startswith("Usage: kvik") and named in told.err
+    assert in_process(monkeypatch, *words, "ben") == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_memory_that_ran_out_is_one_line_and_other_faults_are_ours(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError(why)
+
+    monkeypatch.setattr("kvik.plan.run_plan", fail)
+    why = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"
+    assert in_process(monkeypatch, "plan", "gpt2") == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB.); use" in told
+    why = "a shape is wrong"
+    monkeypatch.setattr(sys, "argv", ["kvik", "plan", "gpt2"])
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        kvik.cli.main()
 
 
 @pytest.mark.weights

@@ -198,6 +198,11 @@ def folder(tmp_path_factory):
 def test_documents_beyond_the_model_or_the_text_are_refused(monkeypatch, capsys, tmp_path, folder):
     code = command(monkeypatch, "eval", "--model", folder, "--prefix", 690, "--scored", 11)
     check_refused(capsys, code, "--prefix 690 and --scored 11", "700 positions", "smaller --prefix")
+    code = command(monkeypatch, "eval", "--model", folder, "--prefix", 10, "--scored", 700)
+    check_refused(capsys, code, "--prefix and --scored of 350 at the most")
+    (tmp_path / "picture.txt").write_bytes(b"\x89PNG\0" * 2000)
+    code = command(monkeypatch, "eval", "--model", folder, "--text", tmp_path / "picture.txt")
+    check_refused(capsys, code, "picture.txt: is no text in UTF-8", "name a text file")
     (tmp_path / "short.txt").write_text("twenty-two characters!")
     sizes = ["--prefix", 20, "--scored", 4, "--documents", 2]
     code = command(monkeypatch, "eval", "--model", folder, *sizes, "--text", tmp_path / "short.txt")

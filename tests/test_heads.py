@@ -14,14 +14,14 @@ from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import kvik
-from bench_models import check_refused, ids, tiny, told
+from bench_models import check_refused, ids, state, tiny, told
 from eval_models import WHERE, command, reader
 from kvik.cache.retention import Retention
 from kvik.cache.rules import MOST_CHARACTERS
 from kvik.cache.seen import Seen
 from kvik.cache.spec import Bytes, LayerShape, Spec
 from kvik.cache.streaming import far_sight
-from kvik.errors import UsageError
+from kvik.errors import SpecError, UsageError
 from kvik.eval import Heads, draw_heads, measure_heads, render_heads
 from kvik.eval.heads import farthest, spec_text, stored
 from kvik.eval.heads_view import FAR, NEAR
@@ -289,6 +289,13 @@ def test_more_tokens_than_there_are_is_refused(monkeypatch, capsys, folder, tmp_
     code = command(monkeypatch, *heads, "--tokens", 6, "--text", short)
     check_refused(capsys, code, "short.txt has 5 tokens", "--tokens 6 asks for")
     check_refused(capsys, command(monkeypatch, *heads, "--text", empty), "0 tokens")
+
+
+def test_layers_that_share_rows_are_refused():
+    theirs = tiny()
+    shared = Model(theirs.config.sharing("pairs"), state(), weights="f32")
+    with pytest.raises(SpecError, match="layer 1 keeps no rows and reads those of layer 0"):
+        measure_heads(shared, ids(20))
 
 
 @pytest.mark.weights

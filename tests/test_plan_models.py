@@ -180,10 +180,10 @@ def test_a_config_is_read_from_its_file_or_folder(tmp_path: Any) -> None:
     assert folder.parameters == from_config(LLAMA).parameters
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, "\ufeff{}"])
+@pytest.mark.parametrize("content", ["{", "{}", "[1]", "[" * 100_000, "\ufeff{}"])
 def test_a_damaged_config_is_a_config_error(tmp_path: Any, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=r"/config\.json"):
         lookup(str(tmp_path))
 
 

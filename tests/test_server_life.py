@@ -260,6 +260,8 @@ def test_a_body_is_bounded_before_it_is_read(limited):
 def test_what_is_no_json_is_400(limited, data):
     status, _, answer = limited.send(CHAT, data=data or b" ")
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
+    if data == b"{":
+        assert answer["error"]["message"].startswith("the body is no JSON: ") and answer["error"]["param"] is None
 
 
 def test_web_pages_can_not_reach_a_server_without_keys(limited, model):

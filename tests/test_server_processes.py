@@ -78,10 +78,24 @@ def test_a_draft_guesses_for_a_server(folder, kvik_here):
         (["--memory", "lots"], "lots"),
         (["--draft-weights", "int4"], "give --draft too"),
         (["--draft", "smollm2", "--draft-kv", "nonsense"], "nonsense"),
+        (["--served-model-name", " "], "is empty"),
+        (["--api-key-file", "/"], "(Is a directory), so nobody could ask; name a file"),
     ],
 )
 def test_wrong_options_are_a_line_before_a_model_is_loaded(kvik_here, options, reason):
     done = kvik_here("serve", "/no/model/here", *options)
+    assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--memory", "1KiB"], "every request would be refused; give --memory more"),
+        (["--max-model-len", "99999"], "--max-model-len 99,999 is more than the 1,024 tokens"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_a_line_before_anybody_asks(folder, kvik_here, options, reason):
+    done = kvik_here("serve", str(folder), "--weights", "f32", "--port", "0", *options)
     assert done.returncode == 2 and reason in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from helpers import PAGES, RETAINED, Toy, make_cache, shapes, text
 from kvik.cache.retention import Retention
+from kvik.cache.rules import parse_rules
 from kvik.cache.spec import Bytes, LayerShape, Spec
 from kvik.errors import SpecError
 from kvik.ops.layout import CODECS
@@ -44,7 +45,7 @@ def test_a_spec_prints_what_it_reads(written, printed):
 @pytest.mark.parametrize(
     ("written", "named"),
     [
-        ("", "'' is no codec"),
+        ("", "no codec; put one first"),
         ("int9", "did you mean 'int8'"),
         ("k9v4", "9 bits; k and v take 32, 16, 8, 4"),
         ("k8", "'k8' is no codec"),
@@ -200,3 +201,27 @@ def test_a_fork_and_a_hit_cost_tables_only():
             assert cache.nbytes == Bytes(alone.payload, alone.overhead + tables)
         assert cache.nbytes == alone
     assert cache.nbytes.payload == alone.payload, "kept for reuse"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "put one first"),
+        ("none", "for 'kvik run' alone"),
+        ("int8; layers 0: none", "give a codec"),
+        ("tuned", "'kvik tune' printed"),
+        ("relative", "a codec and a window in front"),
+        ("INT8", "did you mean 'int8'"),
+        ("int8+window:512+snapkv:25%", "says twice which rows stay"),
+        ("int8+windw:512", "or a method, such as 'snapkv:25%'"),
+    ],
+)
+def test_words_at_a_wrong_place_are_told_apart(text, told):
+    with pytest.raises(SpecError) as raised:
+        parse_rules(text)
+    assert told in str(raised.value)
+
+
+def test_what_looks_like_no_codec_gets_no_guess():
+    with pytest.raises(SpecError, match=r"like k8v4$"):
+        parse_rules("xyzzy")

@@ -110,16 +110,48 @@ def test_a_stopped_training_goes_on_as_if_it_never_had_been(what, tmp_path):
     assert half.stopped and half.steps == 2 and (tmp_path / "half.unfinished.safetensors").exists()
     with pytest.raises(StorageError, match="add --resume"):
         learn(given, tmp_path / "half", False, quiet, never)
-    other = {**SMALL, "width": 32}
-    with pytest.raises(StorageError, match="other settings"):
-        learn(Text(schedule=schedule, source="topics", length=16, **other), tmp_path / "half", True, quiet, never)
+    other = replace(given, width=32, schedule=Schedule(7, 4, seed=3))
+    with pytest.raises(StorageError, match=r"\(steps 6 there, 7 here, width 16 there, 32 here\); repeat those"):
+        learn(other, tmp_path / "half", True, quiet, never)
+    state = (tmp_path / "half.unfinished.safetensors").read_bytes()
+    (tmp_path / "half.unfinished.safetensors").write_bytes(state[:500])
+    with pytest.raises(StorageError, match="no training that can go on; delete it"):
+        learn(given, tmp_path / "half", True, quiet, never)
+    (tmp_path / "half.unfinished.safetensors").write_bytes(state)
     done = learn(given, tmp_path / "half", True, quiet, never)
     assert done.steps == 6 and done.figures == whole.figures
     both = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "half")]
     assert both[0] == both[1]
     assert not (tmp_path / "half.unfinished.safetensors").exists()
-    with pytest.raises(StorageError, match="nothing to go on with"):
+    with pytest.raises(StorageError, match="nothing to go on with; it was finished"):
         learn(given, tmp_path / "half", True, quiet, never)
+    with pytest.raises(StorageError, match="nothing to go on with; leave --resume out"):
+        learn(given, tmp_path / "new", True, quiet, never)
+
+
+def test_what_was_trained_is_never_trained_over(learnt):
+    done, _ = learnt
+    before = (done.folder / "model.safetensors").read_bytes()
+    with pytest.raises(StorageError, match=r"holds what was trained before.*name another"):
+        learn(lesson(2), done.folder, False, quiet, never)
+    assert (done.folder / "model.safetensors").read_bytes() == before
+
+
+def test_what_is_larger_than_the_machine_is_refused_before_it_is_made(tmp_path, monkeypatch):
+    """By weights, by matrices of an operator, and by a batch alone."""
+    monkeypatch.setattr(lessons, "memory_available", lambda: 1 << 30)
+    great = [
+        {"width": 4096, "layers": 96},
+        {"operator": "lor:qkv,999"},
+        {"length": 8192, "schedule": Schedule(1, 4096)},
+    ]
+    for sizes_ in great:
+        with pytest.raises(UsageError, match=r"(G|T)iB left; use smaller --width"):
+            learn(replace(lesson(1), **sizes_), tmp_path / "it", False, quiet, never)
+    monkeypatch.setattr(lessons, "memory_available", lambda: 1 << 10)
+    with pytest.raises(UsageError, match="tokens a step take"):
+        learn(Images(schedule=Schedule(1), source="digits", **SMALL), tmp_path / "it", False, quiet, never)
+    assert not any(tmp_path.glob("it*"))
 
 
 def test_a_full_disk_leaves_what_was_kept(tmp_path, monkeypatch):
@@ -244,6 +276,9 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert in_process(monkeypatch, *arguments) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["steps"] == 2 and f"kvik run --raw -m {out}" in told.err
+    for command in (("bench", "cache"), ("bench", "speed"), ("trace", "The", "--layer", 9)):
+        assert in_process(monkeypatch, *command, "-m", out) == 2  # whatever else is wrong, this can't be mended
+        assert "speaks of attention" in capsys.readouterr().err
     arguments = ("train", "images", "moving", "--operator", "translution:v", "--out", tmp_path / "vit", *small)
     assert in_process(monkeypatch, *arguments) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["accuracy_shifted"] <= 1
@@ -262,6 +297,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
         (("lm", "topics", "--device", "tpu"), "use cpu or cuda"), (("compare", "--device", "tpu"), "use cpu or cuda"),
         (("images", "cats"), "digits and moving"), (("lm", "topics", "--masked", "--share", "pairs"), "--masked out"),
         (("images", "digits", "--operator", "attention:rotary"), "two positions"),
+        (("compare", "--seeds", 0), "use at least 1"), (("compare", "--plot", "it.gif"), "PNG or SVG"),
         (("compare", "--parts", "sound"), "use some of"), (("compare", "--widths", "a"), "--widths"),
     ):  # fmt: skip
         elsewhere = () if wrong[0] == "compare" else ("--out", tmp_path / "wrong")
@@ -281,7 +317,7 @@ def test_ctrl_c_keeps_what_was_learnt(tmp_path, monkeypatch, capsys):
     out = tmp_path / "lm"
     arguments = ("train", "lm", "topics", "--width", 16, "--layers", 1, "--steps", 5, "--batch", 2, "--out", out)
     assert in_process(monkeypatch, *arguments) == 130
-    assert "3 steps (stopped early; --resume goes on)" in capsys.readouterr().err
+    assert "3 steps (stopped early; the same command with --resume goes on)" in capsys.readouterr().err
     monkeypatch.setattr(Loop, "_step", honest)
     assert in_process(monkeypatch, *arguments, "--resume") == 0
     assert "5 steps ·" in capsys.readouterr().err and lessons.NOTE in {path.name for path in out.iterdir()}

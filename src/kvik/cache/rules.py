@@ -17,6 +17,12 @@ from kvik.ops.layout import CODECS, Codec, RowLayout, Stream, nearest_codec
 PAGE_SIZE = 32
 MOST_CHARACTERS = 10_000  # half of the heads of 80 layers of 64, drawn at random, take 7,000 (`kvik heads`)
 _EXAMPLES = {"window": 1024, "sinks": 4}
+_WORDS = {  # that are no codec, but mean something at some place
+    "": "no codec; put one first, such as bf16 or int8",
+    "none": "here rows must be kept: 'none' (no cache at all) is for 'kvik run' alone; give a codec, such as bf16",
+    "tuned": "what was tuned is not known here; give the spec that 'kvik tune' printed as taken",
+    "relative": "'relative' needs a codec and a window in front, as in 'int8+window:1024,sinks:4,relative'",
+}
 _SHORT = {"32": "f32", "16": "bf16", "8": "int8", "4": "int4"}
 
 
@@ -206,10 +212,12 @@ def _codecs(part: str, text: str) -> tuple[tuple[str, Codec], ...]:
 
 def _codec(name: str, text: str) -> Codec:
     if name not in CODECS:
-        hint = "k8v4" if name.startswith("k") else nearest_codec(name)
-        raise SpecError(
-            f"spec {text!r}: {name!r} is no codec; use {', '.join(CODECS)} or a pair like k8v4 (did you mean {hint!r}?)"
-        )
+        if name in _WORDS:
+            raise SpecError(f"spec {text!r}: {_WORDS[name]}")
+        near = "k8v4" if name.startswith("k") else nearest_codec(name.lower())
+        close = near == "k8v4" or difflib.SequenceMatcher(a=name.lower(), b=near).ratio() > 0.5
+        meant = f" (did you mean {near!r}?)" if close else ""
+        raise SpecError(f"spec {text!r}: {name!r} is no codec; use {', '.join(CODECS)} or a pair like k8v4{meant}")
     return CODECS[name]
 
 
@@ -218,6 +226,8 @@ def _retention(part: str, text: str) -> Retention:
     items = [item.strip() for item in part.split(",")]
     if items == ["full"]:
         return Retention()
+    if "+" in part:
+        raise SpecError(f"spec {text!r}: {part!r} says twice which rows stay, and one can be done; leave one out")
     relative = "relative" in items
     if relative:
         items.remove("relative")
@@ -232,8 +242,8 @@ def _retention(part: str, text: str) -> Retention:
         name, _, number = (piece.strip() for piece in item.partition(":"))
         if name not in ("window", "sinks"):
             raise SpecError(
-                f"spec {text!r}: {item!r} is no retention; use 'full', 'window:1024', 'window:1024,sinks:4' or "
-                "'window:1024,sinks:4,relative'"
+                f"spec {text!r}: {item!r} is no retention; use 'full', 'window:1024', 'window:1024,sinks:4', "
+                "'window:1024,sinks:4,relative' or a method, such as 'snapkv:25%'"
             )
         if not number.isdecimal() or len(number) > 9 or (name == "window" and int(number) < 1) or name in values:
             raise SpecError(f"spec {text!r}: {item!r} needs one whole number of rows, as in '{name}:{_EXAMPLES[name]}'")

@@ -16,7 +16,10 @@ from kvik.errors import SpecError
 def check_turned(frequencies: Sequence[float] | Tensor | None) -> None:
     """Raises SpecError where positions don't turn queries and keys: every lane would look equally far."""
     if frequencies is None:
-        raise SpecError("lanes can't be told apart by distance: this model's positions don't turn its keys (no rotary)")
+        raise SpecError(
+            "lanes can't be told apart by distance: this model's positions don't turn its keys (no rotary); use "
+            "another model"
+        )
 
 
 def far_sight(seen: Seen, *, span: int = 500) -> Tensor:

@@ -72,7 +72,11 @@ def main() -> None:
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)  # not every kind of wrong option has one
         where = "kvik" if context is None else context.command_path
-        code = _complain(f"{error.format_message()}; see '{where} --help'")
+        if context is not None and error.format_message() == context.get_help():  # a group by itself
+            print(context.get_help(), file=sys.stderr)
+            code = 2
+        else:
+            code = _complain(f"{error.format_message().rstrip('.')}; see '{where} --help'")
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone
@@ -80,6 +84,11 @@ def main() -> None:
         code = 1
     except (OSError, UnicodeError, MemoryError) as error:
         code = _complain(f"{type(error).__name__}: {error}")
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "allocate memory")):  # torch's, of any device
+            raise
+        why = str(error).strip().splitlines()[0][:200]
+        code = _complain(f"memory ran out ({why}); use a smaller model, batch or length, or fewer bits")
     sys.exit(code if isinstance(code, int) else 0)
 
 

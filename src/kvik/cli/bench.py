@@ -66,6 +66,7 @@ def cache(
     check_spec(kv, allow_none=False)
     source = read_text(text)
     loaded = load_model(model, weights, device)
+    loaded.check_attends("what a cache saves")
     most = loaded.config.max_positions
     if tokens > most:
         raise UsageError(
@@ -111,6 +112,7 @@ def speed(
     check_spec(kv, allow_none=False)
     source = read_text(text)
     loaded = load_model(model, weights, device)
+    loaded.check_attends("where a step's time goes")
     asked, lengths = _fitted(loaded, asked, tokens, given=contexts is not None)
     ids = _ids(loaded, source, lengths[-1], text, "--contexts")
     from kvik.bench import draw_speed, measure_speed, render_speed

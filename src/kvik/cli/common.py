@@ -165,8 +165,9 @@ def load_model(
     if loaded.reading is not None and not reads:
         from kvik.models.hearing import HearingConfig
 
-        name, way = loaded.config.name, "transcribe" if isinstance(loaded.reading, HearingConfig) else "run"
-        raise UsageError(f"{name} answers a source and continues no text; this command can't, use kvik {way}")
+        hears = isinstance(loaded.reading, HearingConfig)
+        way = "kvik transcribe" if hears else "kvik run or kvik translate"
+        raise UsageError(f"{loaded.config.name} answers a source and continues no text; this command can't, use {way}")
     if loaded.encoder is not None and not encodes:
         raise UsageError(
             f"{loaded.config.name} is an encoder: it sees both sides, so it continues no text and keeps no cache; "

@@ -115,9 +115,11 @@ def check_positions(model: Model, prefix: int, scored: int) -> None:
     """Complains about documents that are longer than the model's positions."""
     positions = model.config.max_positions
     if prefix + scored > positions:
+        most = positions // 2
+        way = f"--prefix and --scored of {most:,} at the most" if scored >= positions else "a smaller --prefix"
         raise UsageError(
             f"--prefix {prefix:,} and --scored {scored:,} take more than the {positions:,} positions of "
-            f"{model.config.name}; use a smaller --prefix"
+            f"{model.config.name}; use {way}"
         )
 
 

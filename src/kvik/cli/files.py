@@ -28,9 +28,12 @@ def read_text(path: Path | None) -> str:
 
         return "\n".join(topics[name] for name in sorted(topics))
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"--text {path}: can't be read ({error.strerror}); name a text file") from None
+    if b"\0" in data:  # no text in UTF-8 or its kin has one; pictures, weights and UTF-16 do
+        raise UsageError(f"--text {path}: is no text in UTF-8, so figures over it would mean nothing; name a text file")
+    return data.decode("utf-8", errors="replace")
 
 
 def check_pictures(pictures: dict[str, Path | None]) -> None:

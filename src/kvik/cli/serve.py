@@ -111,6 +111,8 @@ def serve(
     from kvik.server.running import Server, bound
     from kvik.server.settings import Limits, Settings
 
+    if not all(name.strip() for name in served_model_name or ()):
+        raise UsageError("--served-model-name '' is empty, so no client could name it; give a name, or leave it out")
     keys = Keys.of(api_key or [], api_key_file)
     if not is_local(host) and not keys.digests and not insecure:
         raise UsageError(
@@ -137,6 +139,12 @@ def serve(
                 raise UsageError(
                     f"--draft: {engine.cache.spec} adds up attention, which can't be taken back with a wrong guess; "
                     "choose another --kv, or leave --draft out"
+                )
+            engine.check_room()
+            if max_model_len is not None and max_model_len > engine.longest:
+                raise UsageError(
+                    f"--max-model-len {max_model_len:,} is more than the {engine.longest:,} tokens that "
+                    f"{loaded.config.name} can; use at most {engine.longest}, or leave it out"
                 )
             server = Server(engine, settings, host=host, log_level=uvicorn_log_level)
             server.banner = _banner(engine, settings, host, socket.getsockname()[1], draft)

@@ -55,6 +55,7 @@ def trace(
     if not given:
         raise UsageError("the text is empty, so there is nothing to trace; give at least one character")
     loaded = load_model(model, weights, device)
+    loaded.check_attends("a trace")
     config = loaded.config
     layer = min(LAYER, config.layers - 1) if layer is None else layer
     head = min(HEAD, config.heads - 1) if head is None else head

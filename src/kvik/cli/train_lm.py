@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvik.cli.common import INTERRUPTED, DeviceOption, JsonOption, stderr
+from kvik.cli.files import check_pictures
 from kvik.cli.train import group, stoppable
 from kvik.errors import UsageError
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 OPERATORS = (
     "attention:rotary, attention:learned, translution:qkv (any of q, k, v), lor:qkv,8, bucketed:qkv,16 or "
     "convolution:5."
+)
+OF_PICTURES = (
+    "attention:learned, attention (no positions), translution:qkv (any of q, k, v), lor:qkv,8, bucketed:qkv,4 or "
+    "convolution:3."
 )
 OutOption = Annotated[Path | None, typer.Option(help="The folder to write; by default in trained/ of kvik's home.")]
 StepsOption = Annotated[int, typer.Option(help="Steps of training.")]
@@ -42,7 +47,7 @@ def lm(
     ] = False,
     named: Annotated[
         str | None,
-        typer.Option("--like", help="Sizes of a well-known model, such as translution-tiny; see docs/translution.md."),
+        typer.Option("--like", help="Sizes of a well-known model, such as gpt-base, translution-tiny or minilm."),
     ] = None,
     out: OutOption = None,
     steps: StepsOption = 1000,
@@ -94,7 +99,7 @@ def images(
     pictures: Annotated[
         str, typer.Argument(help="digits, or moving: digits somewhere in a larger picture.")
     ] = "digits",
-    operator: Annotated[str, typer.Option(help=OPERATORS)] = "attention:learned",
+    operator: Annotated[str, typer.Option(help=OF_PICTURES)] = "attention:learned",
     out: OutOption = None,
     steps: StepsOption = 600,
     batch: BatchOption = 32,
@@ -139,7 +144,7 @@ def _tell(done: Done, as_json: bool, hint: str) -> None:
     else:
         print(done.folder)
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in done.figures.items())
-    stopped = " (stopped early; --resume goes on)" if done.stopped else ""
+    stopped = " (stopped early; the same command with --resume goes on)" if done.stopped else ""
     lines = [
         f"{done.steps:,} steps{stopped} · {done.seconds / 60:.1f} min of processor time",
         f"held out: {figures}",
@@ -200,6 +205,9 @@ def compare(
     from kvik.train.compared import as_json as dumped
     from kvik.train.compared import draw, gather, table
 
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}: use at least 1")
+    check_pictures({"--plot": plot})
     chosen = tuple(part.strip() for part in parts.split(","))
     comparing.check(chosen)
     sizes = comparing.sizes(widths, layers)

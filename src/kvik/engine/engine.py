@@ -309,6 +309,15 @@ class Engine:
                 )  # fmt: skip
         return limit
 
+    def check_room(self) -> None:
+        """Raises BudgetError where the cache can't hold even a prompt of one token and its answer."""
+        if (needed := self._alone(1, 1, 1)) > (left := self.cache.budget):
+            raise BudgetError(
+                f"a prompt of one token and its answer take {needed:,} bytes of the cache, and all of it is {left:,}, "
+                "so that every request would be refused; give --memory more, or a smaller --kv",
+                needed=needed, available=left,
+            )  # fmt: skip
+
     def _alone(self, prompt: int, limit: int, n: int) -> int:
         """Bytes, in whole slabs, that a request takes at the most."""
         return most_bytes(self.model, self.cache, prompt, limit, n, self._loop.scheduler.step_tokens)

@@ -24,7 +24,7 @@ from kvik.cache.seen import Seen
 from kvik.cache.spec import PAGE_SIZE, Bytes, LayerShape, Rule, parse_rules
 from kvik.cache.streaming import check_turned, far_sight
 from kvik.engine.generation import CHUNK, prefill
-from kvik.errors import UsageError
+from kvik.errors import SpecError, UsageError
 from kvik.eval.caches import opened
 from kvik.models.model import Model
 from kvik.models.watch import Chunk, Watch
@@ -107,14 +107,19 @@ def measure_heads(
         show: called with (what is done next, tokens done, tokens in all).
 
     Raises:
-        SpecError: the model's positions don't turn its keys, or `kv` can't be read.
+        SpecError: the model's positions don't turn its keys, layers share rows, or `kv` can't be read.
         UsageError: `kv` says more than how rows are stored, or a number is none.
         ContextError, BudgetError: the text is too long for the model or the machine.
     """
     rule, page_size = stored(kv)
     shapes = model.decoder.layers
-    for shape in shapes:
+    for layer, shape in enumerate(shapes):
         check_turned(shape.frequencies)
+        if shape.reads is not None:
+            raise SpecError(
+                f"layer {layer} keeps no rows and reads those of layer {shape.reads}, so that a head's rows serve "
+                "layers that look differently far; use a model whose layers each keep their own"
+            )
     if not ids or window < 1 or sinks < 0 or not 0 <= far <= 1:
         raise UsageError("heads need a text, a window of at least 1, sinks from 0 and a share from 0 to 1")
     model.check_context(len(ids))

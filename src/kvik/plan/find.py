@@ -66,7 +66,10 @@ def _from_json(path: Path, name: str) -> ModelShape:
         raise StorageError(f"{path} can't be read: {error.strerror or error}") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{path} is no JSON, so no config.json of a model") from None
-    return from_config(config, name)
+    try:
+        return from_config(config, name)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; give a model's config.json, or its folder") from None
 
 
 def _download(model: str) -> Path:

@@ -233,9 +233,11 @@ async def _invalid(request: Request, error: Exception) -> Response:
     """A body or path that is not as the schema says: the first thing that is wrong with it."""
     assert isinstance(error, RequestValidationError), "it was registered for these"
     first = error.errors()[0]
+    if first["type"] == "json_invalid":  # its place is a number of characters, and no field
+        problem = ProblemError(400, f"the body is no JSON: {first['ctx']['error']}"[:200], code="invalid_value")
+        return Json(problem.body, problem.status)
     where = [str(part) for part in first["loc"] if part != "body"]
-    name = ".".join(where)[:100] or None
-    reason = "the body is no JSON" if first["type"] == "json_invalid" else str(first["msg"])[:200]
+    name, reason = ".".join(where)[:100] or None, str(first["msg"])[:200]
     problem = ProblemError(400, f"{name}: {reason}" if name else reason, param=name, code="invalid_value")
     return Json(problem.body, problem.status)
 

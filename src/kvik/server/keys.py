@@ -32,8 +32,9 @@ class Keys:
             try:
                 lines = file.read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeError) as error:
+                why = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
                 raise UsageError(
-                    f"--api-key-file {file} can't be read ({error}); without it nobody could ask"
+                    f"--api-key-file {file} can't be read ({why}), so nobody could ask; name a file with a key a line"
                 ) from None
             in_file = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
             if not in_file:

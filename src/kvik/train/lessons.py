@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kvik.cache.limits import memory_available
 from kvik.errors import StorageError, UsageError
 from kvik.models.families.gpt import GPTConfig
 from kvik.models.families.masked import MASK, MaskedConfig
@@ -19,8 +20,9 @@ from kvik.models.families.vit import ViTConfig
 from kvik.models.model import check_device
 from kvik.train import pictures, tasks, text
 from kvik.train.checkpoint import NOTE, check_folder, replace_folder
-from kvik.train.loop import Loop, Now, Schedule, named
+from kvik.train.loop import Loop, Now, Schedule, settings
 from kvik.train.network import GPT, ViT, parameters
+from kvik.units import format_bytes
 
 PATCHES = {"digits": 2, "moving": 4}
 _MOST_WIDTH, _MOST_LAYERS = 4096, 96
@@ -129,15 +131,12 @@ def learn(
     to go on.
 
     Raises:
-        StorageError: the folder is no training's, or can't be written; or there is an unfinished one, and no `resume`.
+        StorageError: the folder is no training's, or can't be written; or it holds one, and no `resume` was asked for.
+        UsageError: the machine has too little memory for it.
     """
     check_folder(folder)
     state = folder.with_name(f"{folder.name}.unfinished.safetensors")
-    if state.exists() != resume:
-        raise StorageError(
-            f"{state}: an unfinished training is there; add --resume to go on with it, or delete it" if state.exists()
-            else f"{state}: is not there, so there is nothing to go on with; leave --resume out"
-        )  # fmt: skip
+    _check_state(folder, state, resume)
     state.absolute().parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(lesson.schedule.seed)
     course = _text(lesson) if isinstance(lesson, Text) else _images(lesson)
@@ -164,6 +163,41 @@ def learn(
     return Done(folder, loop.steps, loop.seconds, stopped, figures, report)
 
 
+def _check_state(folder: Path, state: Path, resume: bool) -> None:
+    """Raises StorageError where a training would be lost, or where there is none to go on with."""
+    done, begun = (folder / NOTE).is_file(), state.exists()
+    if begun and not resume:
+        raise StorageError(
+            f"{state}: an unfinished training is there; add --resume to go on with it, or name another with --out"
+        )
+    if done and not resume:
+        raise StorageError(
+            f"{folder}: holds what was trained before, which would be lost; name another with --out, or delete it"
+        )
+    if resume and not begun:
+        way = "it was finished; name another folder with --out" if done else "leave --resume out"
+        raise StorageError(f"{state}: is not there, so there is nothing to go on with; {way}")
+
+
+def _check_memory(lesson: Lesson, drawn: Callable[[], nn.Module], tokens: int, vocabulary: int) -> None:
+    """Raises UsageError where weights, gradients and AdamW's moments, and what a step keeps for its way back at the
+    least (logits, and twelve rows of the width a layer), are more than this machine has left.
+
+    Args:
+        drawn: makes the network; it is counted on torch's device without numbers.
+        tokens: of a batch, with as many logits each as `vocabulary`.
+    """
+    with torch.device("meta"):
+        count = parameters(drawn())
+    step = 4 * tokens * (2 * vocabulary + 12 * lesson.layers * lesson.width)
+    needed, left = 16 * count + step if lesson.device == "cpu" else 4 * count, memory_available()
+    if needed > left:
+        raise UsageError(
+            f"{lesson.operator}: {count:,} parameters and {tokens:,} tokens a step take {format_bytes(needed)} or "
+            f"more, and this machine has {format_bytes(left)} left; use smaller --width, --layers, --length or --batch"
+        )
+
+
 def _text(lesson: Text) -> _Course:
     corpus = text.read(lesson.source, lesson.pieces)
     if min(len(corpus.learnt), len(corpus.held)) <= lesson.length:
@@ -171,7 +205,9 @@ def _text(lesson: Text) -> _Course:
             f"--length {lesson.length}: the text's held-out tenth has {len(corpus.held):,} tokens; use a smaller length"
         )
     config = _text_config(lesson, corpus.vocabulary)
-    network, batch = GPT(config).to(lesson.device), lesson.schedule.batch * lesson.length
+    batch = lesson.schedule.batch * lesson.length
+    _check_memory(lesson, lambda: GPT(config), batch, corpus.vocabulary)
+    network = GPT(config).to(lesson.device)
     draw = tasks.windows(corpus.learnt, lesson.length)
     if isinstance(config, MaskedConfig):
         draw = tasks.hidden(corpus.learnt, lesson.length, config.mask_id)
@@ -188,7 +224,7 @@ def _text(lesson: Text) -> _Course:
         write(folder, config.to_hf(), dict(network.state_dict()))
         text.save(corpus.tokenizer, folder, MASK if lesson.masked else None)
 
-    return _Course(loop, named(text=corpus.digest, **asdict(lesson)), examine, fill)
+    return _Course(loop, settings(text=corpus.digest, **asdict(lesson)), examine, fill)
 
 
 def _text_config(lesson: Text, vocabulary: int) -> GPTConfig | MaskedConfig:
@@ -206,6 +242,9 @@ def _images(lesson: Images) -> _Course:
         **lesson.sizes(), vocab_size=0, max_positions=(given.side // patch) ** 2 + 1, activation="gelu_new", channels=1,
         size=given.side, patch=patch, qkv_bias=False,
     )  # fmt: skip
+    _check_memory(
+        lesson, lambda: ViT(config, pictures.CLASSES), lesson.schedule.batch * config.max_positions, pictures.CLASSES
+    )
     network = ViT(config, pictures.CLASSES).to(lesson.device)
     draw = tasks.pictures(given.learnt)
     loop = Loop(network, lesson.schedule, draw, tasks.cross_entropy, lesson.schedule.batch)
@@ -215,7 +254,7 @@ def _images(lesson: Images) -> _Course:
         return found if given.shifted is None else {**found, "accuracy_shifted": tasks.accuracy(network, given.shifted)}
 
     return _Course(
-        loop, named(**asdict(lesson)), examine, lambda folder: write(folder, config.to_hf(), network.named())
+        loop, settings(**asdict(lesson)), examine, lambda folder: write(folder, config.to_hf(), network.named())
     )
 
 

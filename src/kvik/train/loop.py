@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kvik.errors import StorageError, UsageError
+from kvik.errors import StorageError, UsageError, WeightsError
 from kvik.models.files.weights import read_file
 
 MOST_STEPS, MOST_BATCH = 10**8, 4096
@@ -157,7 +157,7 @@ class Loop:
         """All that a training needs to go on, in one file, complete or not there at all.
 
         Args:
-            what: names model, data and schedule; `resume` compares it.
+            what: model, data and schedule, as `settings` writes them; `resume` compares it.
 
         Raises:
             StorageError: it can't be written; what was there before stays.
@@ -183,15 +183,15 @@ class Loop:
         """Goes back to where a file was kept.
 
         Raises:
-            StorageError: it is of another training.
-            WeightsError: it is damaged.
+            StorageError: it is of another training, or damaged.
         """
-        tensors, metadata = read_file(path)
         try:
+            tensors, metadata = read_file(path)
             head = json.loads(metadata["kvik"])
             if head["what"] != what:
                 raise StorageError(
-                    f"{path}: is of a training with other settings or another text; delete it, or repeat those"
+                    f"{path}: is of a training with other settings ({', '.join(_others(head['what'], what))}); repeat "
+                    "those, or name another folder"
                 )
             network = {n.removeprefix("network."): x for n, x in tensors.items() if n.startswith("network.")}
             self.network.load_state_dict(network)
@@ -202,10 +202,24 @@ class Loop:
                     state.setdefault(int(number), {})[part] = tensor.clone()
             self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
             self.steps, self.seconds, self.losses = int(head["steps"]), float(head["seconds"]), list(head["losses"])
-        except (KeyError, ValueError, TypeError, RuntimeError):
+        except (KeyError, ValueError, TypeError, RuntimeError, WeightsError):
             raise StorageError(f"{path}: is no training that can go on; delete it and begin again") from None
+
+
+def settings(**parts: object) -> str:
+    """All that a training depends on, as JSON."""
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def named(**parts: object) -> str:
     """A digest of all that a training depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(settings(**parts).encode()).hexdigest()
+
+
+def _others(kept: str, given: str) -> list[str]:
+    """Settings that differ, in words: those of the file first."""
+    there, here = ({**each.pop("schedule"), **each} for each in (json.loads(kept), json.loads(given)))
+    names = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
+    return [
+        "another text" if name == "text" else f"{name} {there.get(name)} there, {here.get(name)} here" for name in names
+    ]

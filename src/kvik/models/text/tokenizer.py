@@ -61,7 +61,9 @@ class Tokenizer:
                 return self._pieces.encode(text, add_special_tokens)
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError):
-            raise TokenizerError("the text is no valid Unicode, so it has no tokens; remove lone surrogates") from None
+            raise TokenizerError(
+                "the text is no valid Unicode (another encoding, or no text at all), so it has no tokens; give UTF-8"
+            ) from None
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
