@@ -132,6 +132,7 @@ def test_a_closed_standard_input_is_one_line():
 
 def test_plan_without_a_model_says_what_to_give(kvik_here):
     check_refusal(kvik_here("plan"), ["kvik plan smollm2", "--list"])
+    check_refusal(kvik_here("plan", "--list", "gpt2"), ["gpt2 is one", "leave one of the two out"])
 
 
 @pytest.mark.parametrize(("words", "named"), [((), "\n  chat "), (("bench",), "\n  speed "), (("train",), "\n  lm ")])

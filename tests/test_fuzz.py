@@ -270,6 +270,7 @@ def test_the_command(tmp_path, kvik_here, monkeypatch):
         (["--kv", "int9"], "int9"),
         (["--save", "no/where.jsonl"], "there is no folder"),
         (["--requests", "0"], "requests"),
+        (["--trace", "any.jsonl", "--requests", "5"], "requests of its own; leave --requests"),
     ],
 )
 def test_what_cannot_be_used_is_told_in_one_line(arguments, why, kvik_here):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from kvik.fuzz import Report, Trace
     from kvik.models.model import Model
 
-MOST_REQUESTS = 100_000
+REQUESTS, MOST_REQUESTS = 200, 100_000
 FAILED = 1  # the exit code where something is wrong
 WHERE = Path("fuzz-failed.jsonl")
 STOPS = (".", "\n", " the", "a")
@@ -44,7 +44,7 @@ def fuzz(
     kv: Annotated[
         list[str] | None, typer.Option("--kv", help=f"{KV_HELP}; can be given several times. By default bf16.")
     ] = None,
-    requests: Annotated[int, typer.Option(min=1, max=MOST_REQUESTS, help="How many the trace has.")] = 200,
+    requests: Annotated[int, typer.Option(min=1, max=MOST_REQUESTS, help="How many the trace has.")] = REQUESTS,
     seed: Annotated[int, typer.Option(min=0, max=2**31, help="Of the trace.")] = 0,
     memory: Annotated[
         str,
@@ -73,6 +73,8 @@ def fuzz(
 
     check_backend(backend)
     size = None if memory == "auto" else budget(memory)
+    if trace is not None and (requests, seed) != (REQUESTS, 0):
+        raise UsageError(f"--trace {trace} has requests of its own; leave --requests and --seed out")
     if save is not None:
         check_target("--save", save)
     given = None if trace is None else read(trace)

@@ -35,7 +35,9 @@ def plan(
     """What a cache costs and what fits, before a byte is allocated."""
     from kvik.plan import list_plans, render_list, render_plan, render_refusals, run_plan
 
-    if show_list == (model is not None):
+    if show_list and model is not None:
+        raise UsageError(f"plan: --list is of all models, and {model} is one; leave one of the two out")
+    if not show_list and model is None:
         raise UsageError("plan: name one model, such as 'kvik plan smollm2', or give --list")
     if model is None:
         if any(given is not None for given in (context, source, memory, share)) or batch != 1:
