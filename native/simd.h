@@ -22,6 +22,7 @@ namespace {
 constexpr int VL = KVIK_LANES;
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 
 #define KVIK_INLINE inline __attribute__((always_inline))
