@@ -145,6 +145,9 @@ KVIK_INLINE float sum(vf x) {
 KVIK_INLINE int32_t sum(vi x) {
     return reduce(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
+KVIK_INLINE uint32_t sum(vu x) {
+    return reduce(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
 KVIK_INLINE float max_of(vf x) {
     return reduce(x, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; });
 }
