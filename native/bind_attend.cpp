@@ -91,7 +91,8 @@ void bind_attend(nb::module_ &m) {
              [](kvik::Layer *self, const kvik::Weight &qkv, const kvik::Weight &o, const kvik::Weight &up,
                 const kvik::Weight &down, const kvik::RowFunction &attention_norm, const kvik::RowFunction &mlp_norm,
                 const kvik::RowFunction &activation, int heads, int lanes, int width, float scale) {
-                 const kvik::Layer layer{&qkv, &o, &up, &down, attention_norm, mlp_norm, activation, heads, lanes, width, scale};
+                 const kvik::Layer layer{&qkv, &o, &up, &down, attention_norm, mlp_norm, activation, heads, lanes,
+                                         width, scale};
                  check_layer(layer);
                  new (self) kvik::Layer(layer);
              },

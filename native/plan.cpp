@@ -225,7 +225,8 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
     for (size_t w = 0; w < works.size(); ++w) {
         Work &work = works[w];
         const int64_t skipped = before(work), count = work.block.tiles() - skipped;
-        const int64_t cuts = threads() == 1 ? 1 : std::max<int64_t>(1, (count + share - 1) / share); // 0: write zeros
+        // Who sees nothing has a task as well: it writes zeros.
+        const int64_t cuts = threads() == 1 ? 1 : std::max<int64_t>(1, (count + share - 1) / share);
         work.tasks = int(cuts) + (work.crowd < 0 ? 0 : work.tasks);
         if (work.tasks > 1)
             work.parts = floats, floats += work.block.tiles() * kernels.part_floats(work.block);
