@@ -1,5 +1,6 @@
 // What Python sees of plan.h and layer.h. A layout comes as integers, in the order of `ops/native.py`.
 #include <chrono>
+#include <stdexcept>
 
 #include "bind.h"
 #include "layer.h"
@@ -16,7 +17,25 @@ kvik::Stream stream(const Integers &x, size_t i) {
     return {kvik::Kind(x[i]), bool(x[i + 1]), bool(x[i + 2]), small(3), small(4), small(5), x[i + 6], x[i + 7]};
 }
 
-kvik::Form form(const Integers &x) { return {int(x[0]), x[1], stream(x, 2), stream(x, 10)}; }
+void check(bool right, const char *wrong) {
+    if (!right)
+        throw std::invalid_argument(wrong);
+}
+
+kvik::Form form(const Integers &x) {
+    check(x.size() == 18, "a layout has 18 integers");
+    return {int(x[0]), x[1], stream(x, 2), stream(x, 10)};
+}
+
+// What each product of a layer gives is what the next takes.
+void check_layer(const kvik::Layer &l) {
+    const int64_t model = l.qkv->inputs, heads = int64_t(l.heads) * l.width, lanes = int64_t(l.lanes) * l.width;
+    const int64_t takes = l.activation.kind == kvik::RowKind::swiglu ? 2 : 1;
+    check(l.lanes > 0 && l.heads % l.lanes == 0 && l.qkv->outputs == heads + 2 * lanes && l.o->inputs == heads &&
+              l.o->outputs == model && l.up->inputs == model && l.up->outputs == takes * l.down->inputs &&
+              l.down->outputs == model,
+          "a layer's products don't fit one another");
+}
 
 // Bytes a second, read by all threads: the bound of everything that streams.
 double bandwidth(int64_t address, int64_t bytes, int repeats) {
@@ -41,6 +60,7 @@ void bind_attend(nb::module_ &m) {
         .def("__init__",
              [](kvik::Plan *self, int64_t pages, const Integers &layout, int64_t window, int64_t sinks,
                 int64_t centre, const Integers &members, const Integers &select) {
+                 check(members.size() % 10 == 0 && select.size() == 4, "a member has 10 integers, a choice 4");
                  std::vector<kvik::Member> all;
                  for (size_t i = 0; i < members.size(); i += 10) {
                      const int64_t *m = members.data() + i;
@@ -71,7 +91,10 @@ void bind_attend(nb::module_ &m) {
              [](kvik::Layer *self, const kvik::Weight &qkv, const kvik::Weight &o, const kvik::Weight &up,
                 const kvik::Weight &down, const kvik::RowFunction &attention_norm, const kvik::RowFunction &mlp_norm,
                 const kvik::RowFunction &activation, int heads, int lanes, int width, float scale) {
-                 new (self) kvik::Layer{&qkv, &o, &up, &down, attention_norm, mlp_norm, activation, heads, lanes, width, scale};
+                 const kvik::Layer layer{&qkv, &o, &up, &down, attention_norm, mlp_norm, activation, heads, lanes,
+                                         width, scale};
+                 check_layer(layer);
+                 new (self) kvik::Layer(layer);
              },
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
         .def("run", [](const kvik::Layer &self, const kvik::Plan &plan, int first, int64_t x, int64_t rows, int64_t angles) {

@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include <atomic>
+
 namespace kvik {
 
 #define KVIK_DECLARE(isa) extern const Kernels kernels_##isa;
@@ -33,7 +35,7 @@ std::vector<Entry> entries() {
     return all;
 }
 
-const Kernels *in_use = nullptr;
+std::atomic<const Kernels *> in_use{nullptr}; // one thread may choose while another computes
 
 } // namespace
 
@@ -53,9 +55,12 @@ std::vector<std::string> available() {
 }
 
 const Kernels &kernels() {
-    if (!in_use)
+    const Kernels *chosen = in_use;
+    if (!chosen) {
         use(available().back());
-    return *in_use;
+        chosen = in_use;
+    }
+    return *chosen;
 }
 
 bool use(const std::string &name) {

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #define KVIK_NAME_(isa) kernels_##isa
 #define KVIK_NAME(isa) KVIK_NAME_(isa)

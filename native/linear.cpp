@@ -18,6 +18,8 @@ int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 // Runs work(first, last) over all of 0 … count - 1, in pieces of `each`.
 template <class F> void in_pieces(int64_t count, int64_t each, F &&work) {
+    if (!count)
+        return;
     parallel(parts(count, each), [&](int64_t piece) { work(piece * each, std::min(count, (piece + 1) * each)); });
 }
 
@@ -34,8 +36,6 @@ struct Scratch {
 } // namespace
 
 void apply(const RowFunction &function, const float *x, int64_t stride, int64_t rows, int64_t width, float *out) {
-    if (!rows)
-        return;
     const auto row = kernels().linear.apply;
     in_pieces(rows, rows_a_piece(rows, width), [&](int64_t first, int64_t last) {
         for (int64_t r = first; r < last; ++r)
@@ -45,7 +45,7 @@ void apply(const RowFunction &function, const float *x, int64_t stride, int64_t 
 
 void product(const Weight &weight, const RowFunction &function, const float *x, int64_t x_stride, int64_t rows,
              float *y, int64_t y_stride, bool add) {
-    if (!rows)
+    if (!rows || !weight.outputs)
         return;
     static thread_local Scratch scratch;
     const LinearKernels &kernel = kernels().linear;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
+#include <stdexcept>
 
 #include "dispatch.h"
 #include "pool.h"
@@ -30,6 +31,15 @@ struct Together {
     int64_t tiles, parts;
     std::vector<size_t> works; // of its members
 };
+
+// Whether a table has pages for all new rows.
+bool takes(const Member &member, int page_size) {
+    if (!member.count)
+        return true;
+    const int64_t page = member.start / page_size, more = (member.start + member.count - 1) / page_size - page;
+    const int32_t *end = member.logical + member.columns, *at = std::lower_bound(member.logical, end, int32_t(page));
+    return more < end - at && at[0] == page && at[more] == page + more; // ascending: those between are there as well
+}
 
 } // namespace
 
@@ -94,6 +104,8 @@ void Plan::append(int first, int lanes, const Rows &k, const Rows &v) const {
     int64_t token = 0;
     const int64_t each = std::max(1, APPENDED / lanes);
     for (const Member &member : members_) {
+        if (!takes(member, form_.page_size))
+            throw std::out_of_range("the table has no page for a new row");
         for (int64_t from = 0; from < member.count; from += each)
             runs.push_back({&member, token, from, std::min(from + each, member.count)});
         token += member.count;
@@ -213,7 +225,8 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
     for (size_t w = 0; w < works.size(); ++w) {
         Work &work = works[w];
         const int64_t skipped = before(work), count = work.block.tiles() - skipped;
-        const int64_t cuts = threads() == 1 ? 1 : (count + share - 1) / share;
+        // Who sees nothing has a task as well: it writes zeros.
+        const int64_t cuts = threads() == 1 ? 1 : std::max<int64_t>(1, (count + share - 1) / share);
         work.tasks = int(cuts) + (work.crowd < 0 ? 0 : work.tasks);
         if (work.tasks > 1)
             work.parts = floats, floats += work.block.tiles() * kernels.part_floats(work.block);
@@ -267,7 +280,7 @@ void Plan::attend(int first, int lanes, int shared, const float *q, int64_t q_to
 
 void Plan::mass(const Block &block, const Member &member, float *mass) const {
     const auto &kernels = kvik::kernels().attend;
-    if (!block.kept || member.kept)
+    if (block.logical == member.logical)
         return kernels.mass(block, mass);
     const int64_t size = form_.page_size; // a block that chose: back to where its pages stand in the member's table
     std::vector<float> mine(size_t((block.kept_columns + block.columns) * size));

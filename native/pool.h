@@ -6,7 +6,7 @@
 namespace kvik {
 
 // Runs work(context, task) for every task from 0 to tasks - 1, on the calling thread and the pool's. Which thread runs
-// a task must not show in its result: a task writes only what is its own. Calls from several threads follow one another.
+// a task must not show in its result: a task writes only what is its own. Calls from several threads follow one another. What a task throws, the caller gets.
 void parallel(int64_t tasks, void (*work)(void *context, int64_t task), void *context);
 
 template <class F> void parallel(int64_t tasks, F &&work) {

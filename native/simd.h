@@ -22,6 +22,7 @@ namespace {
 constexpr int VL = KVIK_LANES;
 typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef uint32_t vu __attribute__((vector_size(4 * VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 
 #define KVIK_INLINE inline __attribute__((always_inline))
@@ -142,6 +143,9 @@ KVIK_INLINE float sum(vf x) {
     return reduce(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 KVIK_INLINE int32_t sum(vi x) {
+    return reduce(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
+}
+KVIK_INLINE uint32_t sum(vu x) {
     return reduce(x, [](auto a, auto b) __attribute__((always_inline)) { return a + b; });
 }
 KVIK_INLINE float max_of(vf x) {

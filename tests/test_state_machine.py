@@ -259,7 +259,7 @@ def test_the_machine_sees(monkeypatch, sabotage):
         monkeypatch.setattr(pressure, "drop", lambda cache, block, groups: cache.index.remove(block) or True)
     else:
         monkeypatch.setattr(Sequence, "_floor", property(lambda self: 0, lambda self, value: None), raising=False)
-    with sees(pytest.fail.Exception, ExceptionGroup, SequenceError):
+    with sees(pytest.fail.Exception, ExceptionGroup, SequenceError, IndexError):
         run_machine("f32" if sabotage == "unshare" else "f32+window:30", examples=200, phases=[Phase.generate])
 
 

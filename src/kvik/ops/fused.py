@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvik.ops.linear import Linear
 from kvik.ops.loader import native
-from kvik.ops.pointwise import RowFunction
+from kvik.ops.pointwise import RowFunction, check_angles
 
 
 class Fused:
@@ -28,9 +29,10 @@ class Fused:
     def check(self, x: Tensor, angles: Tensor | None, tokens: int) -> tuple[int, int]:
         """The addresses of f32 x [T, inputs] and of complex64 angles [T, 1, width / 2], 0 where there are none."""
         assert x.is_contiguous() and x.shape == (tokens, self.inputs), "a row without gaps for each token"
+        assert x.dtype == torch.float32 and x.is_cpu, "f32 on the CPU"
         if angles is None:
             return x.data_ptr(), 0
-        assert angles.is_contiguous() and angles.shape == (tokens, 1, self.width // 2), "angles for each token"
+        check_angles(angles, tokens, self.width)
         return x.data_ptr(), angles.data_ptr()
 
 
@@ -52,5 +54,7 @@ def fuse(
     packed = [product.packed for product in products]
     if module is None or None in kernels or not all(packed):
         return None
+    inputs = products[0].inputs
+    assert all(function.width in (None, inputs) for function in functions[:2]), "norms of the model's width"
     kernel = module.Layer(*(each.kernel for each in packed if each), *kernels, heads, lanes, width, scale)
-    return Fused(kernel, lanes, width, products[0].inputs)
+    return Fused(kernel, lanes, width, inputs)

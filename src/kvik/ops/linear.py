@@ -78,6 +78,7 @@ class Linear:
         """
         if self.packed is not None:
             if after is not None and after.kernel is not None:
+                assert after.width in (None, self.inputs), f"a function of {after.width} inputs before {self.inputs}"
                 return self.packed.product(x, after.kernel, after.takes, onto)
             return self.packed.product(x if after is None else after(x), None, 1, onto)
         y = self._product_of_rows(x if after is None else after(x))

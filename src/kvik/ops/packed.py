@@ -38,7 +38,8 @@ class Packed:
         factor = _factor(grid)
         self.codes, self.bias = _tiled_codes(codes, bits), bias
         self.grid = torch.stack([_tiled_grid(each / factor) for each in grid], dim=2).contiguous()
-        assert bias is None or (bias.is_contiguous() and bias.dtype == torch.float32)
+        assert self.grid.shape[:2] == self.codes.shape[:2], "a scale for each 32 inputs"
+        assert bias is None or (bias.is_contiguous() and bias.dtype == torch.float32 and bias.shape == self.shape[:1])
         addresses = self.codes.data_ptr(), self.grid.data_ptr(), 0 if bias is None else bias.data_ptr()
         self.kernel: Any = module.Weight(bits, *addresses, factor, *self.shape)
 

@@ -29,9 +29,11 @@ class RowFunction:
 
     Attributes:
         takes: how many times wider a row is on its way in.
+        width: of its rows; None = any.
     """
 
     takes = 1
+    width: int | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """A new tensor."""
@@ -39,7 +41,7 @@ class RowFunction:
         if kernel is None or not x.is_cpu or x.requires_grad:
             return self.plain(x)
         x, (rows, width) = x.contiguous(), x.shape
-        assert x.dtype == torch.float32, "rows are f32"
+        assert x.dtype == torch.float32 and self.width in (None, width), "f32 rows of the function's width"
         out = torch.empty((rows, width // self.takes))
         kernel(x.data_ptr(), width, rows, width // self.takes, out.data_ptr())
         return out
@@ -67,7 +69,7 @@ class RMSNorm(RowFunction):
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight, self.eps = weight.contiguous(), eps
+        self.weight, self.eps, self.width = weight.contiguous(), eps, len(weight)
         self._eps = torch.full((1,), eps, device=weight.device)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -76,7 +78,7 @@ class RMSNorm(RowFunction):
         return (x * torch.addcmul(self._eps, length, length, value=1 / x.shape[-1]).rsqrt_()).mul_(self.weight)
 
     def _kernel(self, make: Any) -> Any:
-        return make.rms_norm(self.weight.data_ptr(), self.eps) if self.weight.is_cpu else None
+        return make.rms_norm(_floats(self.weight), self.eps) if self.weight.is_cpu else None
 
 
 class LayerNorm(RowFunction):
@@ -87,15 +89,15 @@ class LayerNorm(RowFunction):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, eps: float) -> None:
-        self.weight, self.bias, self.eps = weight.contiguous(), bias.contiguous(), eps
+        self.weight, self.bias, self.eps, self.width = weight.contiguous(), bias.contiguous(), eps, len(weight)
 
     def plain(self, x: Tensor) -> Tensor:
         """torch's own: its rows don't depend on their number."""
         return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
     def _kernel(self, make: Any) -> Any:
-        here = self.weight.is_cpu
-        return make.layer_norm(self.weight.data_ptr(), self.bias.data_ptr(), self.eps) if here else None
+        assert self.bias.shape == self.weight.shape and self.bias.device == self.weight.device, "as many of both"
+        return make.layer_norm(_floats(self.weight), _floats(self.bias), self.eps) if self.weight.is_cpu else None
 
 
 class SwiGLU(RowFunction):
@@ -203,6 +205,19 @@ def turn(x: Tensor, angles: Tensor) -> Tensor:
     within = x.stride(2) == 1 and (x.stride(1) == width or heads == 1)
     if module is None or not x.is_cpu or x.requires_grad or not within:
         return torch.view_as_real(torch.view_as_complex(torch.unflatten(x, -1, (-1, 2))) * angles).flatten(-2)
-    assert x.dtype == torch.float32 and angles.is_contiguous() and angles.shape == (tokens, 1, width // 2)
+    assert x.dtype == torch.float32, "f32 on the CPU"
+    check_angles(angles, tokens, width)
     module.turn(x.data_ptr(), x.stride(0), tokens, heads, width, angles.data_ptr())
     return x
+
+
+def check_angles(angles: Tensor, tokens: int, width: int) -> None:
+    """That they are as the kernels read them: complex64 [tokens, 1, width / 2] without gaps."""
+    assert width % 2 == 0 and angles.shape == (tokens, 1, width // 2), "an angle for each token and pair of channels"
+    assert angles.dtype == torch.complex64 and angles.is_cpu and angles.is_contiguous(), "complex64, without gaps"
+
+
+def _floats(x: Tensor) -> int:
+    """The address of f32 numbers."""
+    assert x.dtype == torch.float32, "weights of norms are f32"
+    return x.data_ptr()
