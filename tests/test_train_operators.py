@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_what_was_kept(tmp_path, monkeypatch):
         loop.save(tmp_path / "state", "it")
     assert (tmp_path / "state").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     (tmp_path / "state").write_bytes(before[:50])
-    with pytest.raises(Exception, match="damaged"):
+    with pytest.raises(StorageError, match="no training that can go on"):
         loop.resume(tmp_path / "state", "it")
 
 
