@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 METRICS = {
     "text": "perplexity",
     "masked": "perplexity",
-    "share": "perplexity",
     "digits": "accuracy",
     "moving": "accuracy",
+    "share": "perplexity",  # last: it has one size, and the others fill a row of panels
 }
 COLOURS = {
     "attention": "#0b6fb8", "translution": "#d1480b", "lor": "#b8860b", "bucketed": "#2a8c4a", "convolution": "#7a828c",
