@@ -194,6 +194,7 @@ def test_a_vit_takes_operators_by_the_same_word(word):
     assert (got - network(picture[None])[0]).abs().max() < 1e-5
     assert replace(from_hf(given.to_hf(), None, "tiny"), name="tiny") == given
     assert model.spec().nbytes(100).allocated == 0
+    assert from_config(given.to_hf()).parameters == parameters(network) - parameters(network.classifier)
     with pytest.raises(ConfigError, match="two positions"):
         pictures("attention:rotary").mixer()
 

@@ -98,6 +98,20 @@ class Form:
         each = min(self.number, length) if self.kind == "bucketed" else length
         return each if causal else 2 * each - 1  # offsets to the right have matrices of their own
 
+    def reach(self) -> int | None:
+        """In a grid, the offset in either direction from which on all share a set (of a kernel: are not seen)."""
+        if self.kind == "bucketed":
+            return max(self.number // 2, 1)
+        return self.number // 2 if self.kind == "convolution" else None
+
+    def sets_around(self, height: int, width: int) -> int:
+        """Matrices of each relative projection, in a grid of patches and its class token, which has three."""
+        if self.kind == "attention":
+            return 1
+        far = self.reach()
+        down, right = (side - 1 if far is None else min(far, side - 1) for side in (height, width))
+        return (2 * down + 1) * (2 * right + 1) + 3
+
     def layer_shapes(self, d: int, heads: int, width: int, length: int) -> list[LayerShape]:
         """What a layer's operator keeps of a token, in a causal text: its layers in a cache. Why: in each class.
 

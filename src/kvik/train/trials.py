@@ -16,7 +16,7 @@ from kvik.models.families.masked import MaskedConfig
 from kvik.models.families.vit import ViTConfig
 from kvik.models.files.weights import check
 from kvik.models.model import Model
-from kvik.models.operators import Cost, Form, grid
+from kvik.models.operators import Cost, Form
 from kvik.train import tasks
 from kvik.train.loop import Batch, Loop, Schedule, named
 from kvik.train.network import GPT, ViT, parameters
@@ -77,7 +77,7 @@ class Trial:
         config, d = self.config, self.width
         if isinstance(config, ViTConfig):
             side = config.size // config.patch
-            rows, sets, ends = config.max_positions, grid(Form.parse(self.operator), side, side).sets, d * CLASSES
+            rows, sets, ends = config.max_positions, Form.parse(self.operator).sets_around(side, side), d * CLASSES
         else:
             rows, sets, ends = self.length, config.cost.sets, self.length * d * config.vocab_size
         cost = Cost(d, d, self.heads, sets, Form.parse(self.operator))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvik.models.forms import Cost, Form
 from kvik.models.operators.attention import SelfAttention
-from kvik.models.operators.bucketed import BucketedTranslution, grid_of
+from kvik.models.operators.bucketed import BucketedTranslution
 from kvik.models.operators.geometry import Geometry, Grid, Line
 from kvik.models.operators.lor import LoRTranslution
 from kvik.models.operators.operator import Init, Operator
@@ -39,9 +39,7 @@ def geometry(form: Form, length: int, causal: bool = True) -> Line:
 
 def grid(form: Form, height: int, width: int) -> Grid:
     """The same of a picture's patches and its class token."""
-    if form.kind == "bucketed":
-        return grid_of(height, width, form.number)
-    return Grid(height, width, form.number // 2, cut=True) if form.kind == "convolution" else Grid(height, width)
+    return Grid(height, width, form.reach(), cut=form.kind == "convolution")
 
 
 def make(

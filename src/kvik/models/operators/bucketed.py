@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kvik.cache.shape import LayerShape
 from kvik.models.forms import ranges, wide
-from kvik.models.operators.geometry import Grid, Line
+from kvik.models.operators.geometry import Line
 from kvik.models.operators.pairs import by_head, plain
 from kvik.models.operators.translution import Relative
 from kvik.models.watch import Chunk
@@ -126,8 +126,3 @@ class _Earlier:
     def __call__(self, back: int) -> tuple[Tensor, Tensor]:
         """[T, d], and whether there is such a token: bool [T]."""
         return self.rows[self.index[back]], self.positions >= back
-
-
-def grid_of(height: int, width: int, number: int) -> Grid:
-    """A grid with about `number` ranges in each direction: exact ones around 0, one for all further away."""
-    return Grid(height, width, reach=max(number // 2, 1))

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvik.errors import ConfigError
+from kvik.models.forms import Cost, Form
 from kvik.models.shapes import ours, readers
 from kvik.models.shapes.shape import ENCODER_ONLY, ModelShape, kv, latent
 from kvik.models.shapes.shape import Config as _Config
@@ -221,11 +222,15 @@ def _vit(c: _Config) -> ModelShape:
     c = _Config(c.raw, image_size=224, patch_size=16, num_channels=3, qkv_bias=True)
     d, ff, layers, patch = c("hidden_size"), c("intermediate_size"), c("num_hidden_layers"), c("patch_size")
     rows = (c("image_size") // patch) ** 2 + 1
-    embeddings = (rows + 1) * d + (c("num_channels") * patch**2 + 1) * d
-    layer = 4 * d * d + (4 if c.flag("qkv_bias") else 1) * d + 2 * d * ff + ff + d + 4 * d
+    places, attention, pooler = rows, 4 * d * d + (4 if c.flag("qkv_bias") else 1) * d, d * d + d
+    if operator := str(c.raw.get("operator") or ""):
+        form, side = Form.parse(operator), c("image_size") // patch
+        cost = Cost(d, d, c("num_attention_heads"), form.sets_around(side, side), form)
+        places, attention, pooler = rows * (form.positions == "learned"), cost.parameters + d * d + d, 0
+    embeddings = (places + 1) * d + (c("num_channels") * patch**2 + 1) * d
+    layer = attention + 2 * d * ff + ff + d + 4 * d
     c = _Config({**c.raw, "max_position_embeddings": rows})
-    parameters = None if c.raw.get("operator") else embeddings + layers * layer + 2 * d + d * d + d
-    return _decoder(c, parameters, [], (f"no cache: {ENCODER_ONLY}",))
+    return _decoder(c, embeddings + layers * layer + 2 * d + pooler, [], (f"no cache: {ENCODER_ONLY}",))
 
 
 def _unknown(c: _Config) -> ModelShape:
