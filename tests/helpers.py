@@ -131,7 +131,7 @@ def pairwise(**axes):
         )
         for at in product(*map(range, sizes))
     ]
-    return pytest.mark.parametrize(tuple(axes), every, indirect=[name for name in axes if name == "ops"])
+    return pytest.mark.parametrize(tuple(axes), every, indirect=[name for name in axes if name in ("ops", "pair")])
 
 
 over_pairs = pairwise(kv=KV, page=PAGES, kept=RETAINED)

@@ -32,7 +32,10 @@ def llama():
     return theirs, Model(config, {n: theirs.state_dict()[n] for n in config.tensor_shapes()}, weights="f32")
 
 
-@pytest.fixture(scope="module", params=["t5", "bart", "marian", "whisper", "llama"])
+PAIRS = ["t5", "bart", "marian", "whisper", "llama"]
+
+
+@pytest.fixture(scope="module", params=PAIRS)
 def pair(request):
     """(transformers' model, ours); their makers' wishes about tokens taken away."""
     if request.param == "llama":
@@ -83,7 +86,7 @@ PENALTIES, STOPPING, COUNTS = (1.0, 0.0, 2.5, -1.0), (True, False, "never"), (2,
 SETTINGS = list(product(PENALTIES, STOPPING, COUNTS))
 
 
-@pairwise(length_penalty=PENALTIES, early_stopping=STOPPING, count=COUNTS)
+@pairwise(pair=PAIRS, length_penalty=PENALTIES, early_stopping=STOPPING, count=COUNTS)
 def test_beams_are_those_of_transformers(pair, length_penalty, early_stopping, count):
     theirs, model = pair
     seed = SETTINGS.index((length_penalty, early_stopping, count))

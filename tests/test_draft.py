@@ -87,8 +87,14 @@ def test_policies_that_look_at_queries_choose_as_if_nothing_was_guessed(model, n
             assert engine.draft_cache is None or engine._loop.scheduler.guesser.most == (8 if "last" in kv else 12)
 
 
-@pytest.mark.parametrize("kv", ["f32", "int4+window:64,sinks:4"])
-@pytest.mark.parametrize("draft_kv", ["int8", "k8v4+window:32,sinks:2", "int4+window:64,sinks:4,relative"])
+@pytest.mark.parametrize(
+    ("kv", "draft_kv"),
+    [
+        ("f32", "int8"),
+        ("int4+window:64,sinks:4", "k8v4+window:32,sinks:2"),
+        ("f32", "int4+window:64,sinks:4,relative"),
+    ],
+)
 def test_a_draft_that_knows_nothing_changes_nothing(model, other, kv, draft_kv, eager):
     requests = mixture(8, seed=5)
     want = [alone(model, kv, request) for request in requests]

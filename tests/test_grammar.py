@@ -30,11 +30,11 @@ def grammars(model):
     return Grammars(model)
 
 
-def written(model, grammar, memory="4MiB", **engine):
+def written(model, grammar, memory="4MiB", count=6, **engine):
     with Engine(model, "f32", memory=memory, **engine) as made:
         asked = [
             Request(list(b"give a list " * (1 + at % 3)), 250, sampling=Sampling(2.0, seed=at), n=2, grammar=grammar)
-            for at in range(6)
+            for at in range(count)
         ]
         streams = [made.submit(each) for each in asked]
         return [answer for stream in streams for answer in stream.answers()], made.counts
@@ -59,12 +59,12 @@ def test_guesses_and_preemption_change_no_token(model, grammars):
 def test_a_draft_follows_the_grammar_and_what_it_forbids_is_no_harm(model, grammars, monkeypatch):
     monkeypatch.setattr(Paying, "best", lambda self, answers: self.most)
     grammar = grammars.json(SCHEMA)
-    alone = [answer.token_ids for answer in written(model, grammar, running=2)[0]]
-    drafted, counts = written(model, grammar, draft=model, draft_kv="f32", guesses=4)
+    alone = [answer.token_ids for answer in written(model, grammar, running=2, count=3)[0]]
+    drafted, counts = written(model, grammar, count=3, draft=model, draft_kv="f32", guesses=4)
     assert [answer.token_ids for answer in drafted] == alone
     assert counts.accepted_tokens > 0.9 * counts.guessed_tokens, "all but what came after an end"
     monkeypatch.setattr(Matched, "copy", lambda self: grammars.regex("(.|\\n)*")())
-    forbidden, fewer = written(model, grammar, draft=model, draft_kv="f32", guesses=4)
+    forbidden, fewer = written(model, grammar, count=3, draft=model, draft_kv="f32", guesses=4)
     assert [answer.token_ids for answer in forbidden] == alone
     assert fewer.accepted_tokens < 0.5 * fewer.guessed_tokens
 

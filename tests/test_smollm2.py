@@ -61,7 +61,7 @@ def others(corpus):
     return [corpus[i * 700 : i * 700 + length] for i, length in enumerate((3, 90, 17, 41), start=2)]
 
 
-@pytest.mark.parametrize("kv", CODEC_SPECS)
+@pytest.mark.parametrize("kv", CODEC_SPECS[::2])  # all of them: with longer texts, below
 def test_the_cut_cannot_show(smollm2_in, corpus, others, kv):
     check_cut(smollm2_in("int4"), kv, corpus[:130], others, (100, 37))
     check_cut(smollm2_in("int4"), kv, corpus[:10], [other[:12] for other in others], (1,))
