@@ -141,6 +141,10 @@ class Sources(transformers.Cache):  # type: ignore[misc]
         """Columns of the encoder."""
         return self.real.shape[1] if len(self.real) else 0
 
+    def __bool__(self) -> bool:
+        """True: there is one."""
+        return True
+
 
 class SourceLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's view of the sources."""
@@ -298,10 +302,6 @@ class ReaderCache(Holder, transformers.EncoderDecoderCache):  # type: ignore[mis
         """See `TextCache.describe`."""
         text: str = self.self_attention_cache.describe()
         return text
-
-    def __bool__(self) -> bool:
-        """True: there is one."""
-        return True
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec}, {len(self.batch.sequences)} rows of {self.batch.columns} columns)"

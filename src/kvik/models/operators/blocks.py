@@ -58,9 +58,7 @@ class OperatorConfig(Config):
     @property
     def cost(self) -> Cost:
         """Of a layer's operator."""
-        sets = (
-            self.form.sets(self.max_positions) if self.causal else geometry(self.form, self.max_positions, False).sets
-        )
+        sets = self.form.sets(self.max_positions, self.causal)
         return Cost(self.hidden, self.heads * self.head_dim, self.heads, sets, self.form)
 
     def keeps(self, layer: int) -> bool:
